@@ -1,0 +1,233 @@
+// The operators on CPU tensors: check, allocate, describe the problem to the kernels, run them on all threads.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
+#include <atomic>
+
+#include "../check.h"
+#include "../ops.h"
+#include "../rng_state.h"
+#include "kernels.h"
+
+namespace wmha {
+namespace {
+
+/// The kernels of the instruction set that PyTorch itself has chosen (ATEN_CPU_CAPABILITY is honoured).
+const cpu::Kernels& kernels() {
+  static const cpu::Kernels& chosen = []() -> const cpu::Kernels& {
+#ifdef WMHA_X86
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return cpu::AVX512::kernels;
+    if (capability == "AVX2") return cpu::AVX2::kernels;
+#endif
+    return cpu::DEFAULT::kernels;
+  }();
+  return chosen;
+}
+
+/// Runs function(begin, end) over tasks [0, tasks), one at a time on each thread, the next free one first: tasks may
+/// differ in size. Which thread runs which task has no bearing on the result.
+template <typename Function>
+void run_tasks(int64_t tasks, const Function& function) {
+  if (tasks == 0) return;
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  const int64_t step = std::max<int64_t>(1, tasks / (threads * 16)); // amortises what the kernels allocate
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.fetch_add(step); begin < tasks; begin = next.fetch_add(step)) {
+      function(begin, std::min(begin + step, tasks));
+    }
+  });
+}
+
+ScalarType kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return ScalarType::Double;
+    case at::kBFloat16: return ScalarType::BFloat16;
+    case at::kHalf: return ScalarType::Half;
+    default: return ScalarType::Float;
+  }
+}
+
+template <typename Pointer>
+TensorView<Pointer> view(const at::Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : tensor.contiguous();
+}
+
+/// One call's tensors, kept alive for the kernels, and their description.
+struct Problem {
+  at::Tensor query;
+  at::Tensor key;
+  at::Tensor value;
+  at::Tensor temperature;
+  AttentionParams params{};
+
+  Problem(
+      const at::Tensor& query_,
+      const at::Tensor& key_,
+      const at::Tensor& value_,
+      const AttentionShape& shape,
+      const AttentionOptions& options)
+      : query(with_contiguous_rows(query_)), key(with_contiguous_rows(key_)), value(with_contiguous_rows(value_)) {
+    params.dtype = kernel_dtype(query.scalar_type());
+    params.batch = query.size(0);
+    params.heads = query.size(1);
+    params.kv_heads = key.size(1);
+    params.queries = query.size(2);
+    params.key_dim = query.size(3);
+    params.value_dim = value.size(3);
+    params.window = {
+        options.window_left_.expect_int(), options.window_right_.expect_int(), shape.query_offset.expect_int(),
+        key.size(2)};
+    params.scale = shape.scale;
+    params.softcap = options.softcap_;
+    params.temperature = options.temperature_;
+    if (options.temperature_tensor_.has_value()) {
+      temperature = options.temperature_tensor_->to(acc_dtype(query.scalar_type())).contiguous();
+      params.temperature_data = temperature.data_ptr();
+      params.temperature_stride = temperature.numel() > 1 ? 1 : 0;
+    }
+    params.dropout = Dropout::with_probability(options.dropout_p_);
+    params.query = view<const void*>(query);
+    params.key = view<const void*>(key);
+    params.value = view<const void*>(value);
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const AttentionOptions& options) {
+  const AttentionShape shape = check_attention(query, key, value, options);
+  Problem problem(query, key, value, shape, options);
+  AttentionParams& params = problem.params;
+  const at::Tensor output =
+      empty_laid_out_like(query, {params.batch, params.heads, params.queries, params.value_dim});
+  const at::Tensor logsumexp = at::empty(
+      {params.batch, params.heads, params.queries}, query.options().dtype(acc_dtype(query.scalar_type())));
+  const at::Tensor rng_state = draw_rng_state(query, options);
+  params.rng_state = rng_state.const_data_ptr<int64_t>();
+  params.output = view<void*>(output);
+  params.logsumexp = logsumexp.data_ptr();
+  run_tasks(cpu::forward_tasks(params), [&](int64_t begin, int64_t end) { kernels().forward(params, begin, end); });
+  return {output, logsumexp, rng_state};
+}
+
+at::Tensor attention_cpu(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const AttentionOptions& options) {
+  return std::get<0>(forward_cpu(query, key, value, options));
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_with_lse_cpu(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const AttentionOptions& options) {
+  auto [output, logsumexp, rng_state] = forward_cpu(query, key, value, options);
+  return {output, logsumexp};
+}
+
+/// shares (B, Hq, chunks) -> the gradient of a temperature of any of its shapes, summed in one order.
+void sum_temperature_shares(const std::vector<double>& shares, int64_t heads, int64_t chunks, at::Tensor& gradient) {
+  const bool per_head = gradient.numel() > 1;
+  std::vector<double> sums(gradient.numel(), 0.0);
+  for (size_t i = 0; i < shares.size(); ++i) sums[per_head ? i / chunks % heads : 0] += shares[i];
+  gradient.copy_(at::from_blob(sums.data(), gradient.sizes(), at::kDouble));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
+    const at::Tensor& grad_output_,
+    const std::optional<at::Tensor>& grad_logsumexp_,
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const at::Tensor& output_,
+    const at::Tensor& logsumexp_,
+    const at::Tensor& rng_state,
+    const AttentionOptions& options) {
+  const AttentionShape shape = check_attention(query, key, value, options);
+  check_backward(shape, query, grad_output_, grad_logsumexp_, output_, logsumexp_, rng_state);
+  Problem problem(query, key, value, shape, options);
+  AttentionParams& params = problem.params;
+  const at::Tensor grad_output = with_contiguous_rows(grad_output_);
+  const at::Tensor output = with_contiguous_rows(output_);
+  const at::Tensor logsumexp = logsumexp_.contiguous();
+  const at::Tensor grad_logsumexp = grad_logsumexp_.has_value() ? grad_logsumexp_->contiguous() : at::Tensor();
+  auto [grad_query, grad_key, grad_value, grad_temperature] = empty_gradients(query, key, value, options);
+  params.rng_state = rng_state.const_data_ptr<int64_t>();
+  params.output = view<void*>(output);
+  params.logsumexp = logsumexp.data_ptr();
+  params.grad_output = view<const void*>(grad_output);
+  params.grad_logsumexp = grad_logsumexp.defined() ? grad_logsumexp.const_data_ptr() : nullptr;
+  params.grad_query = view<void*>(grad_query);
+  params.grad_key = view<void*>(grad_key);
+  params.grad_value = view<void*>(grad_value);
+
+  const cpu::BackwardSchedule schedule(params);
+  const at::Tensor workspace = at::empty({schedule.workspace_size()}, logsumexp.options());
+  std::vector<double> shares;
+  if (options.temperature_tensor_.has_value()) {
+    shares.resize(params.batch * params.heads * schedule.chunks);
+    params.grad_temperature = shares.data();
+  }
+  run_tasks(schedule.tasks(), [&](int64_t begin, int64_t end) {
+    kernels().backward(params, schedule, workspace.data_ptr(), begin, end);
+  });
+  run_tasks(params.batch * params.kv_heads, [&](int64_t begin, int64_t end) {
+    kernels().merge(params, schedule, workspace.const_data_ptr(), begin, end);
+  });
+  if (params.grad_temperature != nullptr) {
+    sum_temperature_shares(shares, params.heads, schedule.chunks, grad_temperature);
+  }
+  return {grad_query, grad_key, grad_value, grad_temperature};
+}
+
+at::Tensor dropout_mask_cpu(
+    const at::Tensor& rng_state,
+    int64_t batch,
+    int64_t heads,
+    int64_t queries,
+    int64_t keys,
+    double dropout_p,
+    int64_t first_query,
+    int64_t first_key) {
+  const at::Tensor mask = at::empty({batch, heads, queries, keys}, rng_state.options().dtype(at::kBool));
+  const Dropout dropout = Dropout::with_probability(dropout_p);
+  const auto seed = static_cast<uint64_t>(rng_state.const_data_ptr<int64_t>()[0]);
+  const int64_t offset = rng_state.const_data_ptr<int64_t>()[1];
+  bool* rows = mask.mutable_data_ptr<bool>();
+  run_tasks(batch * heads * queries, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t key = 0; key < keys; ++key) {
+        const PhiloxWords counter =
+            Dropout::counter(first_key + key, first_query + row % queries, row / queries, offset);
+        const PhiloxWords words =
+            philox<Dropout::rounds>(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+        rows[row * keys + key] = dropout.keeps(words, first_key + key);
+      }
+    }
+  });
+  return mask;
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(wmha, CPU, library) {
+  implement_attention<attention_cpu>(library, "attention");
+  implement_attention<attention_with_lse_cpu>(library, "attention_with_lse");
+  implement_attention<forward_cpu>(library, "_attention_forward");
+  implement_backward<backward_cpu>(library);
+  library.impl("_dropout_mask", dropout_mask_cpu);
+}
+
+} // namespace wmha

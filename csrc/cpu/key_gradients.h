@@ -1,0 +1,149 @@
+// Where the backward pass sums up grad_key and grad_value. See BackwardSchedule for who sums up what.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "rows.h"
+#include "schedule.h"
+
+namespace wmha::cpu::CPU_CAPABILITY {
+
+/// Rounds the sums of one key to T and writes them to the tensors.
+template <typename T>
+void store_key_gradients(
+    const AttentionParams& params,
+    int64_t batch_kv_head,
+    int64_t key,
+    const acc_type<T>* grad_key,
+    const acc_type<T>* grad_value) {
+  using Acc = acc_type<T>;
+  const int64_t batch = batch_kv_head / params.kv_heads;
+  const int64_t kv_head = batch_kv_head % params.kv_heads;
+  store_row(grad_key, params.key_dim, Acc(1), at<T>(params.grad_key, batch, kv_head, key));
+  store_row(grad_value, params.value_dim, Acc(1), at<T>(params.grad_value, batch, kv_head, key));
+}
+
+/// The sums of the keys in sight while a chunk's queries pass by, in a buffer that follows the window:
+///
+///    buffer  [ . . . . | keys in sight | zeros . . . ]
+///                      first_          end_             keys before first_ have all they get and are written out
+template <typename T>
+class KeyGradients {
+  using Acc = acc_type<T>;
+
+ public:
+  KeyGradients(const AttentionParams& params, const BackwardSchedule& schedule, Acc* workspace)
+      : params_(params),
+        schedule_(schedule),
+        workspace_(workspace),
+        key_width_(padded<Acc>(params.key_dim)),
+        value_width_(padded<Acc>(params.value_dim)),
+        capacity_(std::min(2 * most_keys_in_sight(params) + key_slack, schedule.most_keys)),
+        scratch_(
+            Scratch<Acc>::rounded(capacity_ * key_width_) + Scratch<Acc>::rounded(capacity_ * value_width_)),
+        grad_key_(scratch_.take(capacity_ * key_width_)),
+        grad_value_(scratch_.take(capacity_ * value_width_)) {}
+
+  void start(int64_t batch_kv_head, int64_t chunk) {
+    batch_kv_head_ = batch_kv_head;
+    chunk_ = chunk;
+    private_ = schedule_.private_keys_of(chunk);
+    base_ = first_ = end_ = schedule_.keys_of(chunk).begin;
+  }
+
+  /// Makes room for a block of queries that sees `keys`; both ends never decrease within a chunk.
+  void advance_to(Range keys) {
+    write_until(keys.begin);
+    if (keys.end - base_ > capacity_) {
+      std::memmove(grad_key_, key_rows(first_).data, (end_ - first_) * key_width_ * sizeof(Acc));
+      std::memmove(grad_value_, value_rows(first_).data, (end_ - first_) * value_width_ * sizeof(Acc));
+      base_ = first_;
+    }
+    if (keys.end > end_) {
+      std::fill_n(key_rows(end_).data, (keys.end - end_) * key_width_, Acc(0));
+      std::fill_n(value_rows(end_).data, (keys.end - end_) * value_width_, Acc(0));
+      end_ = keys.end;
+    }
+  }
+
+  void finish() { write_until(end_); }
+
+  RowMajor<Acc> key_rows(int64_t key) const { return {grad_key_ + (key - base_) * key_width_, key_width_}; }
+  RowMajor<Acc> value_rows(int64_t key) const { return {grad_value_ + (key - base_) * value_width_, value_width_}; }
+
+ private:
+  static constexpr int64_t key_slack = 256; // so that the buffer is moved seldom
+
+  static int64_t most_keys_in_sight(const AttentionParams& params) {
+    int64_t most = 0;
+    for (int64_t first = 0; first < params.queries; first += query_block) {
+      const Range block{first, std::min(first + query_block, params.queries)};
+      most = std::max(most, params.window.keys_of(block).size());
+    }
+    return most;
+  }
+
+  void write_until(int64_t key) {
+    for (; first_ < std::min(key, end_); ++first_) {
+      const Acc* grad_key = key_rows(first_).data;
+      const Acc* grad_value = value_rows(first_).data;
+      if (private_.begin <= first_ && first_ < private_.end) {
+        store_key_gradients<T>(params_, batch_kv_head_, first_, grad_key, grad_value);
+      } else {
+        Acc* share = workspace_ + schedule_.share_offset(batch_kv_head_, chunk_, first_);
+        std::copy_n(grad_key, params_.key_dim, share);
+        std::copy_n(grad_value, params_.value_dim, share + params_.key_dim);
+      }
+    }
+    if (key > end_) base_ = first_ = end_ = key;
+  }
+
+  const AttentionParams& params_;
+  const BackwardSchedule& schedule_;
+  Acc* workspace_;
+  const int64_t key_width_;
+  const int64_t value_width_;
+  const int64_t capacity_; // keys
+  Scratch<Acc> scratch_;
+  Acc* grad_key_; // [capacity][key_width]
+  Acc* grad_value_; // [capacity][value_width]
+  int64_t batch_kv_head_ = 0;
+  int64_t chunk_ = 0;
+  Range private_{0, 0};
+  int64_t base_ = 0; // the key of the buffer's first row
+  int64_t first_ = 0;
+  int64_t end_ = 0;
+};
+
+/// grad_key and grad_value of every key that isn't private to a chunk: the sum of its shares in chunk order, or zero.
+template <typename T>
+void merge_shares(
+    const AttentionParams& params,
+    const BackwardSchedule& schedule,
+    const acc_type<T>* workspace,
+    int64_t batch_kv_head) {
+  using Acc = acc_type<T>;
+  Scratch<Acc> scratch(Scratch<Acc>::rounded(schedule.row));
+  Acc* sum = scratch.take(schedule.row);
+  int64_t first_chunk = 0; // no earlier chunk sees this key or a later one
+  for (int64_t key = 0; key < params.keys(); ++key) {
+    while (first_chunk < schedule.chunks && schedule.keys_of(first_chunk).end <= key) ++first_chunk;
+    if (first_chunk < schedule.chunks) {
+      const Range own = schedule.private_keys_of(first_chunk);
+      if (own.begin <= key && key < own.end) {
+        key = own.end - 1;
+        continue;
+      }
+    }
+    std::fill_n(sum, schedule.row, Acc(0));
+    for (int64_t c = first_chunk; c < schedule.chunks && schedule.keys_of(c).begin <= key; ++c) {
+      const Acc* share = workspace + schedule.share_offset(batch_kv_head, c, key);
+      for (int64_t d = 0; d < schedule.row; ++d) sum[d] += share[d];
+    }
+    store_key_gradients<T>(params, batch_kv_head, key, sum, sum + params.key_dim);
+  }
+}
+
+} // namespace wmha::cpu::CPU_CAPABILITY

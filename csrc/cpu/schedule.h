@@ -1,0 +1,90 @@
+// How a call is cut into tasks. Depends on the problem's shape alone, never on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace wmha::cpu {
+
+/// Queries handled together: the columns of a score tile. A multiple of every vector length.
+constexpr int64_t query_block = 48;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// One task: one block of queries of one head.
+inline int64_t forward_tasks(const AttentionParams& params) {
+  return params.batch * params.heads * ceil_div(params.queries, query_block);
+}
+
+/// The backward pass cuts the queries into chunks. A chunk adds up grad_key and grad_value of all keys it sees. Keys
+/// near its ends are seen by its neighbours too: their sums go to a workspace, and merge() adds them in chunk order.
+///
+///   queries   |-- chunk 0 --|-- chunk 1 --|-- chunk 2 --|
+///   keys of 0 [.............:==]
+///   keys of 1            [==:...........:==]                  . private: written by the chunk itself
+///   keys of 2                         [==:.............]      = shared: through the workspace
+struct BackwardSchedule {
+  int64_t batch_kv_heads;
+  int64_t queries;
+  int64_t chunk; // queries
+  int64_t chunks;
+  int64_t row; // Dk + Dv: the shares of one key
+  Window window;
+  int64_t most_keys = 0; // keys of a chunk, at most
+  int64_t most_shared = 0; // keys of a chunk that are not private to it, at most
+
+  explicit BackwardSchedule(const AttentionParams& params)
+      : batch_kv_heads(params.batch * params.kv_heads),
+        queries(params.queries),
+        row(params.key_dim + params.value_dim),
+        window(params.window) {
+    // Enough chunks for many cores, but each at least twice as long as the window, so that few keys are shared; where
+    // the window is too wide for that, still a few, since memory is a multiple of their number.
+    constexpr int64_t wanted_tasks = 64;
+    constexpr int64_t wanted_wide_tasks = 8;
+    constexpr int64_t shortest_chunk = 10 * query_block;
+    const int64_t heads = std::max<int64_t>(batch_kv_heads, 1);
+    const int64_t wide_chunk = ceil_div(queries, ceil_div(wanted_wide_tasks, heads));
+    chunk = std::max(ceil_div(queries, ceil_div(wanted_tasks, heads)), shortest_chunk);
+    chunk = std::max(chunk, std::min(saturating_add(widest_window(), widest_window()), wide_chunk));
+    chunk = ceil_div(chunk, query_block) * query_block;
+    chunks = ceil_div(queries, chunk);
+    for (int64_t c = 0; c < chunks; ++c) {
+      most_keys = std::max(most_keys, keys_of(c).size());
+      most_shared = std::max(most_shared, keys_of(c).size() - private_keys_of(c).size());
+    }
+  }
+
+  int64_t tasks() const { return batch_kv_heads * chunks; }
+  int64_t workspace_size() const { return tasks() * most_shared * row; }
+
+  Range queries_of(int64_t c) const { return {c * chunk, std::min(queries, (c + 1) * chunk)}; }
+  Range keys_of(int64_t c) const { return window.keys_of(queries_of(c)); }
+
+  /// The keys that chunk c sees and no other chunk does.
+  Range private_keys_of(int64_t c) const {
+    const Range seen = keys_of(c);
+    const int64_t begin = c > 0 ? std::max(seen.begin, keys_of(c - 1).end) : seen.begin;
+    const int64_t end = c + 1 < chunks ? std::min(seen.end, keys_of(c + 1).begin) : seen.end;
+    return {std::min(begin, end), end};
+  }
+
+  /// Where chunk c of one batch and key head keeps its shares of `key`: Dk of grad_key, then Dv of grad_value.
+  /// Precondition: the chunk sees the key, and the key is not private to it.
+  int64_t share_offset(int64_t batch_kv_head, int64_t c, int64_t key) const {
+    const Range own = private_keys_of(c);
+    const int64_t place = key - keys_of(c).begin - (key < own.begin ? 0 : own.size());
+    return ((batch_kv_head * chunks + c) * most_shared + place) * row;
+  }
+
+ private:
+  /// The most keys a query sees, itself left out.
+  int64_t widest_window() const {
+    if (window.left < 0 || window.right < 0) return window.keys;
+    return std::min(window.keys, saturating_add(window.left, window.right));
+  }
+};
+
+} // namespace wmha::cpu

@@ -1,0 +1,77 @@
+// Shapes, dtypes and strides for fake tensors.
+#include <ATen/ops/empty.h>
+
+#include "check.h"
+#include "ops.h"
+
+namespace wmha {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_meta(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const AttentionOptions& options) {
+  const AttentionShape shape = check_attention(query, key, value, options);
+  return {
+      empty_laid_out_like(query, {shape.batch, shape.heads, shape.queries, shape.value_dim}),
+      at::empty_symint(
+          {shape.batch, shape.heads, shape.queries}, query.options().dtype(acc_dtype(query.scalar_type()))),
+      at::empty({2}, query.options().dtype(at::kLong))};
+}
+
+at::Tensor attention_meta(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const AttentionOptions& options) {
+  return std::get<0>(forward_meta(query, key, value, options));
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_with_lse_meta(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const AttentionOptions& options) {
+  auto [output, logsumexp, rng_state] = forward_meta(query, key, value, options);
+  return {output, logsumexp};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_meta(
+    const at::Tensor& grad_output,
+    const std::optional<at::Tensor>& grad_logsumexp,
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const at::Tensor& output,
+    const at::Tensor& logsumexp,
+    const at::Tensor& rng_state,
+    const AttentionOptions& options) {
+  const AttentionShape shape = check_attention(query, key, value, options);
+  check_backward(shape, query, grad_output, grad_logsumexp, output, logsumexp, rng_state);
+  return empty_gradients(query, key, value, options);
+}
+
+at::Tensor dropout_mask_meta(
+    const at::Tensor& rng_state,
+    c10::SymInt batch,
+    c10::SymInt heads,
+    c10::SymInt queries,
+    c10::SymInt keys,
+    double /*dropout_p*/,
+    c10::SymInt /*first_query*/,
+    c10::SymInt /*first_key*/) {
+  return at::empty_symint({batch, heads, queries, keys}, rng_state.options().dtype(at::kBool));
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(wmha, Meta, library) {
+  implement_attention<attention_meta>(library, "attention");
+  implement_attention<attention_with_lse_meta>(library, "attention_with_lse");
+  implement_attention<forward_meta>(library, "_attention_forward");
+  implement_backward<backward_meta>(library);
+  library.impl("_dropout_mask", dropout_mask_meta);
+}
+
+} // namespace wmha

@@ -1,0 +1,67 @@
+// Dropout bits: the one definition, for host and device.
+//
+// Philox4x32 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC'11), a counter-based
+// generator: the same counter and key give the same four words anywhere. Seven rounds are the fewest that pass BigCrush.
+#pragma once
+
+#include <cstdint>
+
+#include "window.h"
+
+namespace wmha {
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+/// Four random words of counter `c` under the 64-bit key (key_low, key_high).
+template <int rounds>
+WMHA_HOST_DEVICE constexpr PhiloxWords philox(PhiloxWords c, uint32_t key_low, uint32_t key_high) {
+  for (int round = 0; round < rounds; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53u} * c.word[0];
+    const uint64_t product1 = uint64_t{0xCD9E8D57u} * c.word[2];
+    c = {
+        static_cast<uint32_t>(product1 >> 32) ^ c.word[1] ^ key_low,
+        static_cast<uint32_t>(product1),
+        static_cast<uint32_t>(product0 >> 32) ^ c.word[3] ^ key_high,
+        static_cast<uint32_t>(product0)};
+    key_low += 0x9E3779B9u;
+    key_high += 0xBB67AE85u;
+  }
+  return c;
+}
+
+/// Which attention weights survive: a function of seed, offset and place alone.
+struct Dropout {
+  static constexpr int rounds = 7;
+  static constexpr int64_t group = 8; // neighbouring keys that share one counter, 16 bits each
+  static constexpr uint32_t resolution = 65536;
+
+  uint32_t threshold; // an element is kept iff its 16-bit number >= threshold; 0: no dropout
+  double inverse_keep; // factor on the survivors
+
+  /// Precondition: 0 <= p <= 1. p is quantised to multiples of 1 / resolution.
+  static constexpr Dropout with_probability(double p) {
+    const auto threshold = static_cast<uint32_t>(p * resolution + 0.5);
+    return {threshold, threshold < resolution ? double(resolution) / (resolution - threshold) : 0.0};
+  }
+
+  WMHA_HOST_DEVICE constexpr bool enabled() const { return threshold > 0; }
+
+  /// The counter of the `group` keys around `key`, for query row `row` of head `batch * Hq + head`.
+  WMHA_HOST_DEVICE static constexpr PhiloxWords counter(int64_t key, int64_t row, int64_t head, int64_t offset) {
+    return {
+        static_cast<uint32_t>(key / group),
+        static_cast<uint32_t>(row),
+        static_cast<uint32_t>(head),
+        static_cast<uint32_t>(offset / 4)};
+  }
+
+  /// Is `key` kept, given the words of its counter?
+  WMHA_HOST_DEVICE constexpr bool keeps(const PhiloxWords& words, int64_t key) const {
+    const auto place = static_cast<uint32_t>(key % group);
+    return (words.word[place / 2] >> (place % 2 * 16) & 0xFFFFu) >= threshold;
+  }
+};
+
+} // namespace wmha

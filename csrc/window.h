@@ -1,0 +1,55 @@
+// Who sees whom: the one definition, for host and device.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#ifdef __CUDACC__
+#define WMHA_HOST_DEVICE __host__ __device__
+#else
+#define WMHA_HOST_DEVICE
+#endif
+
+namespace wmha {
+
+/// a + b, held at the ends of int64 where it would overflow.
+WMHA_HOST_DEVICE constexpr int64_t saturating_add(int64_t a, int64_t b) {
+  using Limits = std::numeric_limits<int64_t>;
+  if (b > 0 && a > Limits::max() - b) return Limits::max();
+  if (b < 0 && a < Limits::min() - b) return Limits::min();
+  return a + b;
+}
+
+/// The half-open range [begin, end); empty iff begin == end.
+struct Range {
+  int64_t begin;
+  int64_t end;
+
+  WMHA_HOST_DEVICE constexpr int64_t size() const { return end - begin; }
+};
+
+/// Query i sits at key position i + offset and sees `left` keys before it, itself, and `right` after it.
+struct Window {
+  int64_t left; // >= 0, or -1: no bound
+  int64_t right; // >= 0, or -1: no bound
+  int64_t offset; // any
+  int64_t keys; // >= 0
+
+  /// The keys that query i >= 0 sees. Both ends never decrease as i grows.
+  WMHA_HOST_DEVICE constexpr Range keys_of(int64_t i) const {
+    const int64_t position = saturating_add(i, offset);
+    const int64_t first = left < 0 ? 0 : clip(saturating_add(position, -left));
+    const int64_t last = right < 0 ? keys : clip(saturating_add(saturating_add(position, right), 1));
+    return {first < last ? first : last, last};
+  }
+
+  /// The keys that at least one of the queries sees. Precondition: queries is not empty.
+  WMHA_HOST_DEVICE constexpr Range keys_of(Range queries) const {
+    return {keys_of(queries.begin).begin, keys_of(queries.end - 1).end};
+  }
+
+ private:
+  WMHA_HOST_DEVICE constexpr int64_t clip(int64_t key) const { return key < 0 ? 0 : key > keys ? keys : key; }
+};
+
+} // namespace wmha

@@ -1,0 +1,4 @@
+// All of wmha's public C++ API.
+#pragma once
+
+#include <wmha/attention.h>
