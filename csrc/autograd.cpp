@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "composite.h"
@@ -172,6 +173,11 @@ at::Tensor attention_autograd(
 TORCH_LIBRARY_IMPL(wmha, Autograd, library) {
   implement_attention<attention_autograd>(library, "attention");
   implement_attention<attention_with_lse_autograd>(library, "attention_with_lse");
+  // The private operators are what AttentionFunction is made of; differentiating them on their own is an error.
+  for (const char* name : {"_attention_forward", "_attention_backward"}) {
+    library.impl(name, torch::autograd::autogradNotImplementedFallback());
+    library.impl((std::string(name) + ".temperature_tensor").c_str(), torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 } // namespace wmha

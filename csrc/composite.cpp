@@ -32,16 +32,12 @@ class BandedWindow {
 
   /// visible[i][j]: does query queries.begin + i see key keys.begin + j?
   at::Tensor visible(const SymRange& queries, const SymRange& keys, const at::TensorOptions& options) const {
-    using Limits = std::numeric_limits<int64_t>;
     const auto integer = options.dtype(at::kLong).requires_grad(false);
     const at::Tensor key = at::arange(keys.begin, keys.end, integer);
-    const at::Tensor query = at::arange(queries.begin, queries.end, integer).unsqueeze(1);
-    // Clamped before each sum, which saturates it.
-    const at::Tensor position =
-        offset_ > 0 ? query.clamp_max(Limits::max() - offset_).add(offset_) : query.add(offset_);
+    const at::Tensor position = add(at::arange(queries.begin, queries.end, integer).unsqueeze(1), offset_);
     at::Tensor visible = at::ones_symint({queries.size(), keys.size()}, options.dtype(at::kBool).requires_grad(false));
-    if (left_ >= 0) visible = visible & (key >= position.clamp_min(Limits::min() + left_).sub(left_));
-    if (right_ >= 0) visible = visible & (key <= position.clamp_max(Limits::max() - right_).add(right_));
+    if (left_ >= 0) visible = visible & (key >= add(position, -left_));
+    if (right_ >= 0) visible = visible & (key <= add(position, right_));
     return visible;
   }
 
@@ -73,6 +69,16 @@ class BandedWindow {
     return !(queries.is_symbolic() || keys_.is_symbolic() || offset_.is_symbolic() || left_.is_symbolic() ||
              right_.is_symbolic());
   }
+  /// tensor + amount, saturating.
+  at::Tensor add(const at::Tensor& tensor, const c10::SymInt& amount) const {
+    using Limits = std::numeric_limits<int64_t>;
+    constexpr int64_t harmless = int64_t{1} << 60; // such numbers, and positions, can be added without a thought
+    const bool may_overflow = left_ > harmless || right_ > harmless || offset_ > harmless || offset_ < -harmless;
+    if (!may_overflow) return tensor.add(amount);
+    return amount > 0 ? tensor.clamp_max(Limits::max() - amount).add(amount)
+                      : tensor.clamp_min(Limits::min() - amount).add(amount);
+  }
+
   Window concrete() const { return {as_int(left_), as_int(right_), as_int(offset_), as_int(keys_)}; }
 
   c10::SymInt left_;

@@ -14,21 +14,36 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-/// Four random words of counter `c` under the 64-bit key (key_low, key_high).
-template <int rounds>
-WMHA_HOST_DEVICE constexpr PhiloxWords philox(PhiloxWords c, uint32_t key_low, uint32_t key_high) {
+/// The words of `width` counters side by side, so that a compiler makes vectors of them.
+template <int width>
+struct PhiloxLanes {
+  uint32_t word[4][width];
+};
+
+/// Four random words of each counter under the 64-bit key (key_low, key_high).
+template <int rounds, int width>
+WMHA_HOST_DEVICE constexpr void philox(PhiloxLanes<width>& lanes, uint32_t key_low, uint32_t key_high) {
+  auto& word = lanes.word;
   for (int round = 0; round < rounds; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * c.word[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * c.word[2];
-    c = {
-        static_cast<uint32_t>(product1 >> 32) ^ c.word[1] ^ key_low,
-        static_cast<uint32_t>(product1),
-        static_cast<uint32_t>(product0 >> 32) ^ c.word[3] ^ key_high,
-        static_cast<uint32_t>(product0)};
+    for (int i = 0; i < width; ++i) {
+      const uint64_t product0 = uint64_t{0xD2511F53u} * word[0][i];
+      const uint64_t product1 = uint64_t{0xCD9E8D57u} * word[2][i];
+      word[0][i] = static_cast<uint32_t>(product1 >> 32) ^ word[1][i] ^ key_low;
+      word[1][i] = static_cast<uint32_t>(product1);
+      word[2][i] = static_cast<uint32_t>(product0 >> 32) ^ word[3][i] ^ key_high;
+      word[3][i] = static_cast<uint32_t>(product0);
+    }
     key_low += 0x9E3779B9u;
     key_high += 0xBB67AE85u;
   }
-  return c;
+}
+
+/// The same for one counter.
+template <int rounds>
+WMHA_HOST_DEVICE constexpr PhiloxWords philox(PhiloxWords c, uint32_t key_low, uint32_t key_high) {
+  PhiloxLanes<1> lanes{{{c.word[0]}, {c.word[1]}, {c.word[2]}, {c.word[3]}}};
+  philox<rounds>(lanes, key_low, key_high);
+  return {lanes.word[0][0], lanes.word[1][0], lanes.word[2][0], lanes.word[3][0]};
 }
 
 /// Which attention weights survive: a function of seed, offset and place alone.
@@ -59,8 +74,12 @@ struct Dropout {
 
   /// Is `key` kept, given the words of its counter?
   WMHA_HOST_DEVICE constexpr bool keeps(const PhiloxWords& words, int64_t key) const {
-    const auto place = static_cast<uint32_t>(key % group);
-    return (words.word[place / 2] >> (place % 2 * 16) & 0xFFFFu) >= threshold;
+    return keeps(words.word[key % group / 2], key);
+  }
+
+  /// The same, given only the word that holds the key's number.
+  WMHA_HOST_DEVICE constexpr bool keeps(uint32_t word, int64_t key) const {
+    return (word >> (key % 2 * 16) & 0xFFFFu) >= threshold;
   }
 };
 

@@ -51,17 +51,14 @@ class BackwardBlock {
     lanes_ = padded<Acc>(block.size());
     const ScoreTransform<Acc> transform(params_, head);
     const Visibility visibility(params_.window, block);
-    const auto query = at<T>(params_.query, batch, head, block.begin);
-    const auto grad_output = at<T>(params_.grad_output, batch, head, block.begin);
-    const int64_t query_stride = params_.query.position_stride;
-    const int64_t grad_output_stride = params_.grad_output.position_stride;
-    pack_columns(
-        query, query_stride, block.size(), params_.key_dim, transform.query_factor, lanes_, packed_query_);
-    pack_columns(
-        grad_output, grad_output_stride, block.size(), params_.value_dim, Acc(1), lanes_, packed_grad_output_);
-    const auto queries = load_rows(query, query_stride, block.size(), params_.key_dim, query_rows_);
-    const auto grad_outputs =
-        load_rows(grad_output, grad_output_stride, block.size(), params_.value_dim, grad_output_rows_);
+    const auto queries = load_rows(
+        at<T>(params_.query, batch, head, block.begin), params_.query.position_stride, block.size(), params_.key_dim,
+        query_rows_);
+    const auto grad_outputs = load_rows(
+        at<T>(params_.grad_output, batch, head, block.begin), params_.grad_output.position_stride, block.size(),
+        params_.value_dim, grad_output_rows_);
+    pack_columns(queries, block.size(), params_.key_dim, lanes_, packed_query_);
+    pack_columns(grad_outputs, block.size(), params_.value_dim, lanes_, packed_grad_output_);
     load_statistics(batch, head, block, grad_outputs);
     std::fill_n(grad_query_, lanes_ * key_width_, Acc(0));
 
@@ -189,7 +186,7 @@ class BackwardBlock {
   const int64_t key_width_;
   const int64_t value_width_;
   Scratch<Acc> scratch_;
-  Acc* packed_query_; // [key_dim][lanes], scaled
+  Acc* packed_query_; // [key_dim][lanes]
   Acc* packed_grad_output_; // [value_dim][lanes]
   Acc* weights_; // [key_block][lanes]: products, then weights
   Acc* grad_scores_; // [key_block][lanes]

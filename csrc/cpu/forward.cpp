@@ -30,12 +30,14 @@ class ForwardBlock {
         value_width_(padded<Acc>(params.value_dim)),
         scratch_(
             Scratch<Acc>::rounded(params.key_dim * query_block) + Scratch<Acc>::rounded(query_block * value_width_) +
-            2 * Scratch<Acc>::rounded(key_block * query_block) + Scratch<Acc>::rounded(key_block * key_width_) +
+            2 * Scratch<Acc>::rounded(key_block * query_block) + Scratch<Acc>::rounded(query_block * key_width_) +
+            Scratch<Acc>::rounded(key_block * key_width_) +
             Scratch<Acc>::rounded(key_block * value_width_)),
         packed_query_(scratch_.take(params.key_dim * query_block)),
         output_(scratch_.take(query_block * value_width_)),
         scores_(scratch_.take(key_block * query_block)),
         factors_(scratch_.take(key_block * query_block)),
+        query_rows_(scratch_.take(query_block * key_width_)),
         key_rows_(scratch_.take(key_block * key_width_)),
         value_rows_(scratch_.take(key_block * value_width_)) {}
 
@@ -43,9 +45,10 @@ class ForwardBlock {
     lanes_ = padded<Acc>(block.size());
     const ScoreTransform<Acc> transform(params_, head);
     const Visibility visibility(params_.window, block);
-    pack_columns(
-        at<T>(params_.query, batch, head, block.begin), params_.query.position_stride, block.size(), params_.key_dim, transform.query_factor, lanes_,
-        packed_query_);
+    const auto queries = load_rows(
+        at<T>(params_.query, batch, head, block.begin), params_.query.position_stride, block.size(), params_.key_dim,
+        query_rows_);
+    pack_columns(queries, block.size(), params_.key_dim, lanes_, packed_query_);
     std::fill_n(output_, lanes_ * value_width_, Acc(0));
     std::fill_n(maximum_, lanes_, -infinity);
     std::fill_n(sum_, lanes_, Acc(0));
@@ -62,7 +65,7 @@ class ForwardBlock {
   }
 
  private:
-  /// scores_[key][lane] = <k, factor * q>
+  /// scores_[key][lane] = <k, q>
   void multiply_queries(int64_t batch, int64_t head, Range tile) {
     const auto key = at<T>(params_.key, batch, params_.kv_head(head), tile.begin);
     const auto rows = load_rows(key, params_.key.position_stride, tile.size(), params_.key_dim, key_rows_);
@@ -146,6 +149,7 @@ class ForwardBlock {
   Acc* output_; // [lanes][value_width]
   Acc* scores_; // [key_block][lanes]
   Acc* factors_; // [key_block][lanes]
+  Acc* query_rows_; // [query_block][key_width]
   Acc* key_rows_; // [key_block][key_width]
   Acc* value_rows_; // [key_block][value_width]
   int64_t lanes_ = 0; // queries of this block, in whole vectors

@@ -5,6 +5,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -63,34 +64,70 @@ auto at(const TensorView<Pointer>& view, int64_t batch, int64_t head, int64_t po
   return static_cast<Element*>(view.data) + view.offset(batch, head, position);
 }
 
+inline at::vec::Vectorized<float> load_as_float(const c10::BFloat16* source) {
+  at::vec::Vectorized<float> converted;
+  at::vec::load_fp32_from_bf16(source, converted);
+  return converted;
+}
+
+inline at::vec::Vectorized<float> load_as_float(const c10::Half* source) {
+  at::vec::Vectorized<float> converted;
+  at::vec::load_fp32_from_fp16(source, converted);
+  return converted;
+}
+
+template <typename T>
+at::vec::Vectorized<T> round_to(at::vec::Vectorized<float> low, at::vec::Vectorized<float> high) {
+  if constexpr (std::is_same_v<T, c10::Half>) return at::vec::convert_float_half(low, high);
+  else return at::vec::convert_float_bfloat16(low, high);
+}
+
 /// rows x dim elements at `source` (row stride `stride`) as rows of whole vectors, zeros behind each row. Points at the
 /// source itself where it already is that; else copies into `scratch` (rows x padded(dim)).
 template <typename T, typename Acc>
 RowMajor<const Acc> load_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, Acc* scratch) {
+  using Vec = at::vec::Vectorized<Acc>;
   const int64_t width = padded<Acc>(dim);
   if constexpr (std::is_same_v<T, Acc>) {
     if (width == dim) return {source, stride};
   }
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t d = 0; d < dim; ++d) scratch[r * width + d] = static_cast<Acc>(source[r * stride + d]);
-    for (int64_t d = dim; d < width; ++d) scratch[r * width + d] = Acc(0);
+    const T* from = source + r * stride;
+    Acc* to = scratch + r * width;
+    int64_t d = 0;
+    if constexpr (!std::is_same_v<T, Acc>) {
+      for (; d + Vec::size() <= dim; d += Vec::size()) {
+        load_as_float(from + d).store(to + d);
+      }
+    }
+    for (; d < dim; ++d) to[d] = static_cast<Acc>(from[d]);
+    for (; d < width; ++d) to[d] = Acc(0);
   }
   return {scratch, width};
 }
 
-/// The same rows as columns: packed[d][r] = factor * source[r][d], zeros for r in [rows, lanes).
-template <typename T, typename Acc>
-void pack_columns(const T* source, int64_t stride, int64_t rows, int64_t dim, Acc factor, int64_t lanes, Acc* packed) {
-  for (int64_t d = 0; d < dim; ++d) {
-    for (int64_t r = 0; r < rows; ++r) packed[d * lanes + r] = factor * static_cast<Acc>(source[r * stride + d]);
-    for (int64_t r = rows; r < lanes; ++r) packed[d * lanes + r] = Acc(0);
-  }
+/// The same rows as columns: packed[d][r] = rows[r][d], zeros for r in [count, lanes).
+template <typename Acc>
+void pack_columns(RowMajor<const Acc> rows, int64_t count, int64_t dim, int64_t lanes, Acc* packed) {
+  at::vec::transpose_mxn<Acc>(
+      rows.data, rows.row_stride, packed, lanes, static_cast<int>(count), static_cast<int>(dim));
+  if (count == lanes) return;
+  for (int64_t d = 0; d < dim; ++d) std::fill(packed + d * lanes + count, packed + (d + 1) * lanes, Acc(0));
 }
 
 /// target[d] = factor * source[d], rounded to T.
 template <typename T, typename Acc>
 void store_row(const Acc* source, int64_t dim, Acc factor, T* target) {
-  for (int64_t d = 0; d < dim; ++d) target[d] = static_cast<T>(factor * source[d]);
+  using Vec = at::vec::Vectorized<Acc>;
+  int64_t d = 0;
+  if constexpr (!std::is_same_v<T, Acc>) {
+    for (; d + 2 * Vec::size() <= dim; d += 2 * Vec::size()) {
+      const Vec low = Vec(factor) * Vec::loadu(source + d);
+      const Vec high = Vec(factor) * Vec::loadu(source + d + Vec::size());
+      round_to<T>(low, high).store(target + d);
+    }
+  }
+  for (; d < dim; ++d) target[d] = static_cast<T>(factor * source[d]);
 }
 
 /// Calls function(T()) with the element type of the tensors.

@@ -20,12 +20,12 @@ at::vec::Vectorized<Acc> exponential(at::vec::Vectorized<Acc> x) {
   return x.exp();
 }
 
-/// From the products of keys and packed queries to z = softcap(scale * <q, k>) / temperature, and back.
+/// From the products of keys and queries to z = softcap(scale * <q, k>) / temperature, and back.
 template <typename Acc>
 struct ScoreTransform {
   using Vec = at::vec::Vectorized<Acc>;
 
-  Acc query_factor; // folded into the packed queries
+  Acc product_factor; // from the product to z, or to the argument of tanh
   Acc cap; // softcap / temperature; 0: off
   Acc gradient_factor; // d z / d <q, k>, the derivative of tanh left out
   double inverse_temperature;
@@ -38,10 +38,13 @@ struct ScoreTransform {
     inverse_temperature = 1 / temperature;
     gradient_factor = static_cast<Acc>(params.scale / temperature);
     cap = static_cast<Acc>(params.softcap / temperature);
-    query_factor = params.softcap > 0 ? static_cast<Acc>(params.scale / params.softcap) : gradient_factor;
+    product_factor = params.softcap > 0 ? static_cast<Acc>(params.scale / params.softcap) : gradient_factor;
   }
 
-  Vec operator()(Vec product) const { return cap > 0 ? Vec(cap) * product.tanh() : product; }
+  Vec operator()(Vec product) const {
+    const Vec scaled = Vec(product_factor) * product;
+    return cap > 0 ? Vec(cap) * scaled.tanh() : scaled;
+  }
 
   /// d z / d <q, k> at a score z.
   Vec derivative(Vec z) const {
@@ -118,22 +121,23 @@ void dropout_factors(
     Range keys,
     int64_t lanes,
     Acc* factors) {
-  constexpr int64_t width = 16; // queries at a time, whose counters the compiler turns into vectors
+  constexpr int width = 16; // queries at a time
   const auto seed = static_cast<uint64_t>(params.rng_state[0]);
   const auto kept = static_cast<Acc>(params.dropout.inverse_keep);
   for (int64_t group = keys.begin / Dropout::group * Dropout::group; group < keys.end; group += Dropout::group) {
     const Range wanted{std::max(group, keys.begin), std::min(group + Dropout::group, keys.end)};
     for (int64_t lane = 0; lane < lanes; lane += width) {
-      PhiloxWords words[width];
-      for (int64_t i = 0; i < width; ++i) {
-        const PhiloxWords counter =
-            Dropout::counter(group, first_query + lane + i, batch_head, params.rng_state[1]);
-        words[i] = philox<Dropout::rounds>(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      PhiloxLanes<width> words;
+      for (int i = 0; i < width; ++i) {
+        const PhiloxWords counter = Dropout::counter(group, first_query + lane + i, batch_head, params.rng_state[1]);
+        for (int w = 0; w < 4; ++w) words.word[w][i] = counter.word[w];
       }
-      const int64_t count = std::min(width, lanes - lane);
+      philox<Dropout::rounds>(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      const int64_t count = std::min<int64_t>(width, lanes - lane);
       for (int64_t key = wanted.begin; key < wanted.end; ++key) {
+        const auto& word = words.word[key % Dropout::group / 2];
         Acc* row = factors + (key - keys.begin) * lanes + lane;
-        for (int64_t i = 0; i < count; ++i) row[i] = params.dropout.keeps(words[i], key) ? kept : Acc(0);
+        for (int64_t i = 0; i < count; ++i) row[i] = params.dropout.keeps(word[i], key) ? kept : Acc(0);
       }
     }
   }
