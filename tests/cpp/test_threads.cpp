@@ -1,0 +1,72 @@
+// The kernels' tasks on several threads at once, as the thread sanitizer likes them: plain std::thread, no OpenMP, whose
+// runtime it can't see into.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <thread>
+
+#include "problem.h"
+
+namespace {
+
+using namespace testing_wmha;
+
+/// Runs call(task, task + 1) for all tasks, handed out one by one.
+template <typename Call>
+void on_threads(int threads, int64_t tasks, const Call& call) {
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; ++t) {
+    pool.emplace_back([&] {
+      for (int64_t task = next++; task < tasks; task = next++) call(task, task + 1);
+    });
+  }
+  for (std::thread& thread : pool) thread.join();
+}
+
+void run(const wmha::cpu::Kernels& kernels, Problem& problem, int threads) {
+  on_threads(threads, wmha::cpu::forward_tasks(problem.params), [&](int64_t begin, int64_t end) {
+    kernels.forward(problem.params, begin, end);
+  });
+  const BackwardSchedule schedule(problem.params);
+  Tensor workspace = make_workspace(problem, schedule);
+  on_threads(threads, schedule.tasks(), [&](int64_t begin, int64_t end) {
+    kernels.backward(problem.params, schedule, workspace.data(), begin, end);
+  });
+  on_threads(threads, schedule.batch_kv_heads, [&](int64_t begin, int64_t end) {
+    kernels.merge(problem.params, schedule, workspace.data(), begin, end);
+  });
+}
+
+class Threads : public testing::TestWithParam<InstructionSet> {};
+
+TEST_P(Threads, GiveTheSameBitsAsOne) {
+  if (!GetParam().supported) GTEST_SKIP() << "this CPU has no " << GetParam().name;
+  for (const ScalarType dtype : {ScalarType::Float, ScalarType::BFloat16}) {
+    for (const Case& c : std::initializer_list<Case>{
+             {.name = "narrow", .batch = 2, .heads = 4, .kv_heads = 2, .queries = 1000, .keys = 1000, .left = 40,
+              .right = 3, .temperature = {0.5, 1.0, 2.0, 4.0}, .dropout = 0.1,
+              .layout = {.lead = 1, .positions_first = true}},
+             {.name = "causal", .heads = 2, .kv_heads = 1, .queries = 1000, .keys = 300, .right = 0, .softcap = 5}}) {
+      SCOPED_TRACE(testing::Message() << c);
+      Problem serial(dtype, c);
+      run(*GetParam().kernels, serial, 1);
+      for (const int threads : {2, 3, 8}) {
+        Problem parallel(dtype, c);
+        run(*GetParam().kernels, parallel, threads);
+        for (size_t t = 0; t < serial.outputs().size(); ++t) {
+          EXPECT_TRUE(parallel.outputs()[t]->bitwise_equal(*serial.outputs()[t])) << "tensor " << t;
+        }
+        EXPECT_EQ(parallel.grad_temperature, serial.grad_temperature);
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Every,
+    Threads,
+    testing::ValuesIn(instruction_sets()),
+    [](const auto& info) { return std::string(info.param.name); });
+
+} // namespace
