@@ -82,8 +82,7 @@ class AttentionFunction : public torch::autograd::Function<AttentionFunction> {
       const AttentionOptions& options) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto [output, logsumexp, rng_state] = attention_forward(query, key, value, options);
-    context->save_for_backward(
-        {query, key, value, temperature.value_or(at::Tensor()), output, logsumexp, rng_state});
+    context->save_for_backward({query, key, value, temperature.value_or(at::Tensor()), output, logsumexp, rng_state});
     context->saved_data["options"] = to_list(options);
     context->set_materialize_grads(false);
     return {output, logsumexp};
@@ -122,9 +121,7 @@ bool in_functorch_transform() {
   if (functorch == nullptr) return false;
   try {
     functorch->checkSupportsCppAutogradFunction();
-  } catch (const c10::Error&) {
-    return true;
-  }
+  } catch (const c10::Error&) { return true; }
   return false;
 }
 
@@ -136,7 +133,7 @@ bool any_input(
     const AttentionOptions& options,
     const Predicate& predicate) {
   return predicate(query) || predicate(key) || predicate(value) ||
-      (options.temperature_tensor_.has_value() && predicate(*options.temperature_tensor_));
+         (options.temperature_tensor_.has_value() && predicate(*options.temperature_tensor_));
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_with_lse_autograd(
@@ -152,8 +149,7 @@ std::tuple<at::Tensor, at::Tensor> attention_with_lse_autograd(
     return composite_attention(query, key, value, options);
   }
   if (at::GradMode::is_enabled() && any_input(query, key, value, options, requires_grad)) {
-    const variable_list results =
-        AttentionFunction::apply(query, key, value, options.temperature_tensor_, options);
+    const variable_list results = AttentionFunction::apply(query, key, value, options.temperature_tensor_, options);
     return {results[0], results[1]};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -176,7 +172,8 @@ TORCH_LIBRARY_IMPL(wmha, Autograd, library) {
   // The private operators are what AttentionFunction is made of; differentiating them on their own is an error.
   for (const char* name : {"_attention_forward", "_attention_backward"}) {
     library.impl(name, torch::autograd::autogradNotImplementedFallback());
-    library.impl((std::string(name) + ".temperature_tensor").c_str(), torch::autograd::autogradNotImplementedFallback());
+    library.impl(
+        (std::string(name) + ".temperature_tensor").c_str(), torch::autograd::autogradNotImplementedFallback());
   }
 }
 

@@ -21,9 +21,13 @@ void check_dim(const char* name, const at::Tensor& tensor, int64_t dim, const ch
       tensor.sym_sizes());
 }
 
-void check_size(const char* name, const char* axis, const c10::SymInt& size, const c10::SymInt& expected, const char* as) {
-  TORCH_CHECK(
-      size == expected, "wmha: ", name, " must have the ", axis, " of ", as, ", ", expected, ", got ", size);
+void check_size(
+    const char* name,
+    const char* axis,
+    const c10::SymInt& size,
+    const c10::SymInt& expected,
+    const char* as) {
+  TORCH_CHECK(size == expected, "wmha: ", name, " must have the ", axis, " of ", as, ", ", expected, ", got ", size);
 }
 
 /// Same dtype and device as query.
@@ -103,8 +107,8 @@ AttentionShape check_attention_weights(
   const c10::SymInt heads = query.sym_size(1);
   const c10::SymInt kv_heads = key.sym_size(1);
   TORCH_CHECK(
-      kv_heads > 0 ? heads % kv_heads == 0 : heads == 0,
-      "wmha: the heads of key must divide the heads of query, ", heads, ", got ", kv_heads);
+      kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, "wmha: the heads of key must divide the heads of query, ",
+      heads, ", got ", kv_heads);
   check_options(query, heads, options);
   return {
       .batch = query.sym_size(0),
@@ -115,8 +119,9 @@ AttentionShape check_attention_weights(
       .key_dim = query.sym_size(3),
       .value_dim = 0,
       .query_offset = options.query_offset_.value_or(key.sym_size(2) - query.sym_size(2)),
-      .scale = options.scale_.has_value() ? *options.scale_
-                                          : 1 / std::sqrt(static_cast<double>(query.sym_size(3).guard_int(__FILE__, __LINE__)))};
+      .scale = options.scale_.has_value()
+                   ? *options.scale_
+                   : 1 / std::sqrt(static_cast<double>(query.sym_size(3).guard_int(__FILE__, __LINE__)))};
 }
 
 AttentionShape check_attention(
@@ -237,8 +242,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> empty_gradients(
   const auto empty = [](const at::Tensor& tensor) { return empty_laid_out_like(tensor, tensor.sym_sizes()); };
   return {
       empty(query), empty(key), empty(value),
-      options.temperature_tensor_.has_value() ? at::empty_like(*options.temperature_tensor_, at::MemoryFormat::Contiguous)
-                                              : at::empty({0}, query.options())};
+      options.temperature_tensor_.has_value()
+          ? at::empty_like(*options.temperature_tensor_, at::MemoryFormat::Contiguous)
+          : at::empty({0}, query.options())};
 }
 
 } // namespace wmha

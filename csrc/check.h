@@ -26,10 +26,7 @@ AttentionShape check_attention(
     const AttentionOptions& options);
 
 /// The same for attention_weights; value_dim is 0.
-AttentionShape check_attention_weights(
-    const at::Tensor& query,
-    const at::Tensor& key,
-    const AttentionOptions& options);
+AttentionShape check_attention_weights(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options);
 
 /// The same for multi_head_attention's own arguments; the rest is checked by the attention inside.
 void check_multi_head_attention(

@@ -66,8 +66,9 @@ class BandedWindow {
  private:
   static int64_t as_int(const c10::SymInt& value) { return value.guard_int(__FILE__, __LINE__); }
   bool is_concrete(const c10::SymInt& queries) const {
-    return !(queries.is_symbolic() || keys_.is_symbolic() || offset_.is_symbolic() || left_.is_symbolic() ||
-             right_.is_symbolic());
+    return !(
+        queries.is_symbolic() || keys_.is_symbolic() || offset_.is_symbolic() || left_.is_symbolic() ||
+        right_.is_symbolic());
   }
   /// tensor + amount, saturating.
   at::Tensor add(const at::Tensor& tensor, const c10::SymInt& amount) const {
@@ -113,7 +114,7 @@ at::Tensor scores(
 }
 
 struct Softmax {
-  at::Tensor weights; // as scores
+  at::Tensor weights;   // as scores
   at::Tensor logsumexp; // (B, Hkv, group, queries)
 };
 
@@ -121,9 +122,7 @@ struct Softmax {
 Softmax softmax(const at::Tensor& z, const at::Tensor& visible) {
   const at::Tensor sees_none = visible.any(-1).logical_not();
   at::Tensor maximum = at::zeros({1}, z.options());
-  if (z.sym_size(-1) > 0) {
-    maximum = z.detach().amax(-1, /*keepdim=*/true).masked_fill(sees_none.unsqueeze(-1), 0);
-  }
+  if (z.sym_size(-1) > 0) { maximum = z.detach().amax(-1, /*keepdim=*/true).masked_fill(sees_none.unsqueeze(-1), 0); }
   const at::Tensor exponential = (z - maximum).exp();
   const at::Tensor sum = exponential.sum(-1).masked_fill(sees_none, 1);
   // The zeros are written once more so that no gradient, however large, reaches a pair that isn't visible.
@@ -145,8 +144,7 @@ at::Tensor dropout_mask(
     double dropout_p) {
   using Signature = at::Tensor(
       const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, c10::SymInt, double, c10::SymInt, c10::SymInt);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("wmha::_dropout_mask", "").typed<Signature>();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("wmha::_dropout_mask", "").typed<Signature>();
   const at::Tensor mask =
       op.call(rng_state, shape.batch, shape.heads, queries.size(), keys.size(), dropout_p, queries.begin, keys.begin);
   return group_heads(mask, shape);
@@ -185,8 +183,7 @@ at::Tensor attention_weights_composite(
   options.query_offset_ = query_offset;
   const AttentionShape shape = check_attention_weights(query, key, options);
   const at::ScalarType acc = acc_dtype(query.scalar_type());
-  const at::Tensor visible =
-      BandedWindow(shape, options).visible({0, shape.queries}, {0, shape.keys}, query.options());
+  const at::Tensor visible = BandedWindow(shape, options).visible({0, shape.queries}, {0, shape.keys}, query.options());
   const at::Tensor q = group_heads(without_unseen(query.to(acc), visible.any(1)), shape);
   const at::Tensor k = without_unseen(key.to(acc), visible.any(0));
   const at::Tensor weights = softmax(scores(q, k, visible, shape, options), visible).weights;
@@ -243,8 +240,8 @@ std::tuple<at::Tensor, at::Tensor> composite_attention(
     const SymRange keys = window.keys_of(queries);
     const at::Tensor visible = window.visible(queries, keys, query.options());
     const at::Tensor seen = visible.any(0);
-    const at::Tensor q = group_heads(
-        without_unseen(query.slice_symint(2, queries.begin, queries.end).to(acc), visible.any(1)), shape);
+    const at::Tensor q =
+        group_heads(without_unseen(query.slice_symint(2, queries.begin, queries.end).to(acc), visible.any(1)), shape);
     const at::Tensor k = without_unseen(key.slice_symint(2, keys.begin, keys.end).to(acc), seen);
     const at::Tensor v = without_unseen(value.slice_symint(2, keys.begin, keys.end).to(acc), seen);
     auto [weights, logsumexp] = softmax(scores(q, k, visible, shape, options), visible);

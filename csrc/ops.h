@@ -15,14 +15,8 @@ namespace wmha {
 template <typename Options, typename Temperature>
 auto in_schema_order(Options& options, Temperature& temperature) {
   return std::tie(
-      options.window_left_,
-      options.window_right_,
-      options.scale_,
-      temperature,
-      options.softcap_,
-      options.dropout_p_,
-      options.query_offset_,
-      options.generator_);
+      options.window_left_, options.window_right_, options.scale_, temperature, options.softcap_, options.dropout_p_,
+      options.query_offset_, options.generator_);
 }
 
 /// An operator's kernel with the argument list of its schema, around an implementation that takes (Leading...,
@@ -96,8 +90,7 @@ class Operator {
   Return operator()(Leading... leading, const AttentionOptions& options) const {
     const auto call = [&](const auto& handle, const auto& temperature) {
       return std::apply(
-          [&](const auto&... rest) { return handle.call(leading..., rest...); },
-          in_schema_order(options, temperature));
+          [&](const auto&... rest) { return handle.call(leading..., rest...); }, in_schema_order(options, temperature));
     };
     if (options.temperature_tensor_.has_value()) return call(with_tensor_, *options.temperature_tensor_);
     return call(with_number_, options.temperature_);

@@ -27,36 +27,36 @@ using OutputView = TensorView<void*>;
 
 /// One call, forward or backward. "acc" below is fp64 for fp64 tensors and fp32 for all others.
 struct AttentionParams {
-  ScalarType dtype; // of the views
-  int64_t batch; // B
-  int64_t heads; // Hq
-  int64_t kv_heads; // Hkv
-  int64_t queries; // Nq
-  int64_t key_dim; // Dk
+  ScalarType dtype;  // of the views
+  int64_t batch;     // B
+  int64_t heads;     // Hq
+  int64_t kv_heads;  // Hkv
+  int64_t queries;   // Nq
+  int64_t key_dim;   // Dk
   int64_t value_dim; // Dv
-  Window window; // holds Nk
+  Window window;     // holds Nk
 
   double scale;
-  double softcap; // 0: off
-  double temperature; // unless temperature_data
+  double softcap;               // 0: off
+  double temperature;           // unless temperature_data
   const void* temperature_data; // acc, one for each head at h * temperature_stride; or null
   int64_t temperature_stride;
   Dropout dropout;
   const int64_t* rng_state; // (seed, offset); null without dropout
 
-  InputView query; // (B, Hq, Nq, Dk)
-  InputView key; // (B, Hkv, Nk, Dk)
-  InputView value; // (B, Hkv, Nk, Dv)
+  InputView query;   // (B, Hq, Nq, Dk)
+  InputView key;     // (B, Hkv, Nk, Dk)
+  InputView value;   // (B, Hkv, Nk, Dv)
   OutputView output; // (B, Hq, Nq, Dv); backward only reads it
-  void* logsumexp; // acc, (B, Hq, Nq) contiguous; backward only reads it
+  void* logsumexp;   // acc, (B, Hq, Nq) contiguous; backward only reads it
 
   // Backward only.
-  InputView grad_output; // as output
+  InputView grad_output;      // as output
   const void* grad_logsumexp; // acc, (B, Hq, Nq) contiguous; or null
-  OutputView grad_query; // as query
-  OutputView grad_key; // as key
-  OutputView grad_value; // as value
-  double* grad_temperature; // shares of each (batch, head), as many as the kernel makes; or null
+  OutputView grad_query;      // as query
+  OutputView grad_key;        // as key
+  OutputView grad_value;      // as value
+  double* grad_temperature;   // shares of each (batch, head), as many as the kernel makes; or null
 
   int64_t keys() const { return window.keys; }
   int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }

@@ -1,7 +1,8 @@
 // Dropout bits: the one definition, for host and device.
 //
 // Philox4x32 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC'11), a counter-based
-// generator: the same counter and key give the same four words anywhere. Seven rounds are the fewest that pass BigCrush.
+// generator: the same counter and key give the same four words anywhere. Seven rounds are the fewest that pass
+// BigCrush.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +53,7 @@ struct Dropout {
   static constexpr int64_t group = 8; // neighbouring keys that share one counter, 16 bits each
   static constexpr uint32_t resolution = 65536;
 
-  uint32_t threshold; // an element is kept iff its 16-bit number >= threshold; 0: no dropout
+  uint32_t threshold;  // an element is kept iff its 16-bit number >= threshold; 0: no dropout
   double inverse_keep; // factor on the survivors
 
   /// Precondition: 0 <= p <= 1. p is quantised to multiples of 1 / resolution.
@@ -66,9 +67,7 @@ struct Dropout {
   /// The counter of the `group` keys around `key`, for query row `row` of head `batch * Hq + head`.
   WMHA_HOST_DEVICE static constexpr PhiloxWords counter(int64_t key, int64_t row, int64_t head, int64_t offset) {
     return {
-        static_cast<uint32_t>(key / group),
-        static_cast<uint32_t>(row),
-        static_cast<uint32_t>(head),
+        static_cast<uint32_t>(key / group), static_cast<uint32_t>(row), static_cast<uint32_t>(head),
         static_cast<uint32_t>(offset / 4)};
   }
 

@@ -10,12 +10,12 @@ namespace {
 // The options, in the order that ops.h repeats. Keyword-only, so that new ones don't break a saved model.
 std::string options(const std::string& temperature) {
   return "*, SymInt window_left=-1, SymInt window_right=-1, float? scale=None, " + temperature +
-      ", float softcap=0.0, float dropout_p=0.0, SymInt? query_offset=None, Generator? generator=None)";
+         ", float softcap=0.0, float dropout_p=0.0, SymInt? query_offset=None, Generator? generator=None)";
 }
 
 std::string weights_options(const std::string& temperature) {
   return "*, SymInt window_left=-1, SymInt window_right=-1, float? scale=None, " + temperature +
-      ", float softcap=0.0, SymInt? query_offset=None)";
+         ", float softcap=0.0, SymInt? query_offset=None)";
 }
 
 std::string multi_head_options(const std::string& temperature) {
@@ -41,7 +41,8 @@ TORCH_LIBRARY(wmha, library) {
   // would lose its gradient: the overload with a tensor comes first.
   const auto define = [&](const std::string& name, const std::string& leading, auto options, const std::string& result,
                           const std::vector<at::Tag>& tags) {
-    library.def((name + ".temperature_tensor" + leading + options("Tensor temperature") + " -> " + result).c_str(), tags);
+    library.def(
+        (name + ".temperature_tensor" + leading + options("Tensor temperature") + " -> " + result).c_str(), tags);
     library.def((name + leading + options("float temperature=1.0") + " -> " + result).c_str(), tags);
   };
 
@@ -51,8 +52,9 @@ TORCH_LIBRARY(wmha, library) {
   define("multi_head_attention", multi_head_attention, multi_head_options, "Tensor", random);
 
   define("_attention_forward", attention, options, "(Tensor output, Tensor logsumexp, Tensor rng_state)", random);
-  define("_attention_backward", backward, options,
-         "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_temperature)", deterministic);
+  define(
+      "_attention_backward", backward, options,
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_temperature)", deterministic);
   // True where dropout keeps the weight of query first_query + i and key first_key + j: (batch, heads, queries, keys).
   library.def(
       "_dropout_mask(Tensor rng_state, *, SymInt batch, SymInt heads, SymInt queries, SymInt keys, float dropout_p, "

@@ -30,10 +30,10 @@ struct Range {
 
 /// Query i sits at key position i + offset and sees `left` keys before it, itself, and `right` after it.
 struct Window {
-  int64_t left; // >= 0, or -1: no bound
-  int64_t right; // >= 0, or -1: no bound
+  int64_t left;   // >= 0, or -1: no bound
+  int64_t right;  // >= 0, or -1: no bound
   int64_t offset; // any
-  int64_t keys; // >= 0
+  int64_t keys;   // >= 0
 
   /// The keys that query i >= 0 sees. Both ends never decrease as i grows.
   WMHA_HOST_DEVICE constexpr Range keys_of(int64_t i) const {

@@ -226,10 +226,10 @@ def tiles() -> list[Case]:
         Case("tile_first_query", batch=1, queries=100, keys=163, window=(70, 0), shift=-120.0),
         Case("tile_first_query_unbounded", batch=1, queries=100, keys=163, window=(-1, 0)),
         # Longer than what one task of the backward pass takes: gradients of keys that two tasks share.
-        Case("long_narrow", batch=1, queries=1100, key_dim=8, window=(37, 11), dropout_p=0.1, temperature="(Hq,)"),
-        Case("long_causal", batch=1, heads=2, kv_heads=1, queries=1100, key_dim=8, window=(-1, 0), softcap=3.0),
-        Case("long_wide", batch=1, queries=1100, keys=900, key_dim=8, window=(300, 400), query_offset=-100),
-        Case("long_many_heads", batch=4, heads=4, queries=530, key_dim=4, window=(100, 0), temperature="()"),
+        Case("long_narrow", batch=1, queries=1000, key_dim=5, window=(37, 11), dropout_p=0.1, temperature="(Hq,)"),
+        Case("long_causal", batch=1, heads=2, kv_heads=1, queries=600, window=(-1, 0), softcap=3.0),
+        Case("long_wide", batch=1, queries=600, keys=500, window=(300, 400), query_offset=-100),
+        Case("long_batches", queries=530, key_dim=4, window=(100, 0), temperature="()"),
     ]
 
 

@@ -35,12 +35,17 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--device")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tensors are tiny here and threads cost more than they give; test_repeatable.py shows that they change no bit."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def threads():
     """torch.set_num_threads, undone afterwards."""
-    before = torch.get_num_threads()
     yield torch.set_num_threads
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

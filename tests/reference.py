@@ -101,14 +101,19 @@ class Bounded:
 
 # The tolerance is derived, not tuned: each result is a sum of products, and its slack the same sum over absolute
 # values, times the relative error of what is summed.
-#   - Arithmetic is in fp32 (fp64 for fp64). A weight exp(z - lse) has the relative error of exp (20 ulp at most in
-#     fp32) plus the absolute errors of z and lse, which are relative to the largest score: `roundings` * (1 + |z|).
-#   - Results are rounded to their own dtype once. Backward reads the output that forward rounded.
-# 32 roundings leave room for exp and for sums over a few hundred elements; measured use stays below half of it.
-ROUNDINGS = 32
+#   - Arithmetic is in fp32 (fp64 for fp64). A weight exp(z - lse) has the relative error of exp, 20 ulp at most in
+#     fp32, plus the absolute errors of z and lse, which are relative to the largest score: ROUNDINGS * (1 + |z|). The
+#     rest is for the sums. Over the table, fp32 and fp64 use a sixth of it where terms don't cancel.
+#   - Results are rounded to their own dtype once: half an epsilon. Backward reads the output that forward rounded.
+ROUNDINGS = 24
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-# Below this, numbers are subnormal in the dtype, and in fp32 exp may give 0.
-FLOOR = {torch.float64: 1e-290, torch.float32: 1e-36, torch.bfloat16: 1e-36, torch.float16: 2.0**-24}
+# Underflow: a weight below 1e-38 (fp32) may be 0, whatever it is multiplied by; fp16 has nothing below 2^-24.
+FLOOR = {torch.float64: 1e-290, torch.float32: 1e-33, torch.bfloat16: 1e-33, torch.float16: 2.0**-24}
+
+
+def root_of_squares(errors: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
+    """Bounds a sum of independent errors, each within its own bound (so at least three standard deviations wide)."""
+    return 2 * errors.square().sum(dim, keepdim=True).sqrt()
 
 
 def expected(case: Case, inputs: Inputs, mask: torch.Tensor | None = None) -> dict[str, Bounded]:
@@ -140,7 +145,7 @@ def expected(case: Case, inputs: Inputs, mask: torch.Tensor | None = None) -> di
         weights = steps.weights
         grad_weights = keep * (grad_output.abs() @ values.mT.abs())
         delta = (weights * grad_weights).sum(-1, keepdim=True) + grad_logsumexp.abs().unsqueeze(-1)
-        rounded_delta = (grad_output * steps.output).abs().sum(-1, keepdim=True) * EPSILON[dtype]
+        rounded_delta = EPSILON[dtype] * root_of_squares(grad_output * steps.output, -1)
         grad_scores = weights * (grad_weights + delta)
         grad_scores_slack = relative * grad_scores + weights * rounded_delta
         through_cap, through_cap_slack = 1.0, 0.0
@@ -163,9 +168,9 @@ def expected(case: Case, inputs: Inputs, mask: torch.Tensor | None = None) -> di
             "grad_value": fold((relative * keep * weights).mT @ grad_output.abs()),
         }
         if isinstance(temperature, torch.Tensor):
-            shares = (grad_scores_slack * steps.scores.abs() + grad_scores * relative) / divisor
-            shares = shares.sum((0, 2, 3))
-            slacks["grad_temperature"] = (shares if temperature.numel() > 1 else shares.sum()).reshape(temperature.shape)
+            shares = ((grad_scores_slack * steps.scores.abs() + grad_scores * relative) / divisor).sum(-1)
+            shares = root_of_squares(shares, (0, 2) if temperature.numel() > 1 else (0, 1, 2))
+            slacks["grad_temperature"] = shares.reshape(temperature.shape)
 
     results = (steps.weights, steps.output, steps.logsumexp, *gradients)
     dtypes = {"logsumexp": acc_dtype(dtype), "grad_temperature": acc_dtype(dtype)}

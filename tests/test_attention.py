@@ -1,16 +1,29 @@
 """Every case of the table against the fp64 reference: values, logsumexp, weights, and gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import wmha
 from cases import CASES, DTYPES, Case, Inputs, make_inputs
-from reference import expected, visible_in
-
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+from reference import Bounded, expected, visible_in
 
 GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_temperature")
+
+
+@dataclasses.dataclass
+class Problem:
+    case: Case
+    inputs: Inputs
+    expected: dict[str, Bounded]
+
+    def check(self, **results: torch.Tensor) -> None:
+        for name, result in results.items():
+            self.expected[name].check(name, result)
+
+    def options(self) -> dict:
+        return self.case.options(self.inputs.temperature)
 
 
 def mask_of(case: Case, inputs: Inputs) -> torch.Tensor | None:
@@ -27,10 +40,16 @@ def mask_of(case: Case, inputs: Inputs) -> torch.Tensor | None:
     )
 
 
-def check(case: Case, inputs: Inputs, **results: torch.Tensor) -> None:
-    bounds = expected(case, inputs, mask_of(case, inputs))
-    for name, result in results.items():
-        bounds[name].check(name, result)
+# Module-scoped, so that pytest runs all tests of one problem in a row and its reference is computed once.
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def problem(case, request, device):
+    inputs = make_inputs(case, request.param, device)
+    return Problem(case, inputs, expected(case, inputs, mask_of(case, inputs)))
 
 
 def with_lse(case: Case, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,31 +59,35 @@ def with_lse(case: Case, *leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.numerics
-@every_dtype
-@every_case
-def test_fused(case, dtype, device):
-    inputs = make_inputs(case, dtype, device)
-    output, logsumexp = with_lse(case, *inputs.leaves)
-    results = (output, logsumexp)
-    gradients = torch.autograd.grad(results, inputs.leaves, (inputs.grad_output, inputs.grad_logsumexp))
-    check(case, inputs, output=output, logsumexp=logsumexp, **dict(zip(GRADIENTS, gradients, strict=False)))
-    for leaf, gradient in zip(inputs.leaves, gradients, strict=True):
-        assert gradient.dtype == leaf.dtype
+def test_fused(problem):
+    inputs = problem.inputs
+    output, logsumexp = with_lse(problem.case, *inputs.leaves)
+    gradients = torch.autograd.grad((output, logsumexp), inputs.leaves, (inputs.grad_output, inputs.grad_logsumexp))
+    problem.check(output=output, logsumexp=logsumexp, **dict(zip(GRADIENTS, gradients, strict=False)))
+    assert output.dtype == inputs.query.dtype
+    assert logsumexp.dtype == inputs.grad_logsumexp.dtype
+    assert [gradient.dtype for gradient in gradients] == [leaf.dtype for leaf in inputs.leaves]
 
 
-@every_dtype
-@every_case
-def test_composed(case, dtype, device):
+def test_composed(problem):
     """Under a torch.func transform the operator takes its composite form."""
-    inputs = make_inputs(case, dtype, device)
+    inputs = problem.inputs
     detached = (leaf.detach() for leaf in inputs.leaves)
-    (output, logsumexp), differentiate = torch.func.vjp(lambda *leaves: with_lse(case, *leaves), *detached)
+    (output, logsumexp), differentiate = torch.func.vjp(lambda *leaves: with_lse(problem.case, *leaves), *detached)
     gradients = differentiate((inputs.grad_output, inputs.grad_logsumexp))
-    check(case, inputs, output=output, logsumexp=logsumexp, **dict(zip(GRADIENTS, gradients, strict=False)))
+    problem.check(output=output, logsumexp=logsumexp, **dict(zip(GRADIENTS, gradients, strict=False)))
+
+
+def test_attention_weights(problem):
+    options = problem.options()
+    del options["dropout_p"]
+    weights = torch.ops.wmha.attention_weights(problem.inputs.query, problem.inputs.key, **options)
+    assert weights.dtype == problem.inputs.query.dtype
+    assert torch.all(weights.cpu()[..., ~visible_in(problem.case)] == 0)
+    problem.check(weights=weights)
 
 
 @pytest.mark.parametrize("result", ["output", "logsumexp"])
-@every_case
 def test_gradient_of_one_result(case, result, device):
     inputs = make_inputs(case, torch.float64, device)
     output, logsumexp = with_lse(case, *inputs.leaves)
@@ -78,10 +101,11 @@ def test_gradient_of_one_result(case, result, device):
         computed, gradient = logsumexp, inputs.grad_logsumexp
         inputs.grad_output = torch.zeros_like(output)
     gradients = torch.autograd.grad(computed, inputs.leaves, gradient, materialize_grads=True)
-    check(case, inputs, **dict(zip(GRADIENTS, gradients, strict=False)))
+    exact = expected(case, inputs, mask_of(case, inputs))
+    for name, computed_gradient in zip(GRADIENTS, gradients, strict=False):
+        exact[name].check(name, computed_gradient)
 
 
-@every_case
 def test_inference_is_training(case, device):
     """With and without gradients, the same bits."""
     inputs = make_inputs(case, torch.float32, device)
@@ -95,33 +119,20 @@ def test_inference_is_training(case, device):
         assert torch.equal(one, three)
 
 
-@every_dtype
-@every_case
-def test_attention_weights(case, dtype, device):
-    inputs = make_inputs(case, dtype, device)
-    options = case.options(inputs.temperature)
-    del options["dropout_p"]
-    weights = torch.ops.wmha.attention_weights(inputs.query, inputs.key, **options)
-    assert weights.dtype == dtype
-    assert torch.all(weights.cpu()[..., ~visible_in(case)] == 0)
-    check(case, inputs, weights=weights)
-
-
-@every_case
 def test_python_functions(case, device):
     """The typed functions are the operators."""
     inputs = make_inputs(case, torch.float32, device)
     options = case.options(inputs.temperature)
+    output, logsumexp = with_lse(case, *inputs.leaves)
     options["window"] = (options.pop("window_left"), options.pop("window_right"))
-    expected_results = with_lse(case, *inputs.leaves)
-    torch.manual_seed(0)
-    output, logsumexp = wmha.attention_with_lse(*inputs.leaves[:3], **options)
     torch.manual_seed(0)
     assert torch.equal(wmha.attention(*inputs.leaves[:3], **options), output)
-    assert torch.equal(output, expected_results[0])
-    assert torch.equal(logsumexp, expected_results[1])
-    dropout_p = options.pop("dropout_p")
+    torch.manual_seed(0)
+    results = wmha.attention_with_lse(*inputs.leaves[:3], **options)
+    assert torch.equal(results[0], output)
+    assert torch.equal(results[1], logsumexp)
+    del options["dropout_p"]
     weights = wmha.attention_weights(inputs.query, inputs.key, **options)
-    if dropout_p == 0 and case.value_shape[2] > 0:
-        values = inputs.value.repeat_interleave(case.heads // max(case.key_shape[1], 1), 1)
-        torch.testing.assert_close(weights @ values, output, atol=1e-4, rtol=1e-4)
+    operator_options = case.options(inputs.temperature)
+    del operator_options["dropout_p"]
+    assert torch.equal(weights, torch.ops.wmha.attention_weights(inputs.query, inputs.key, **operator_options))

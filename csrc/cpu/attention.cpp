@@ -108,10 +108,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
   const AttentionShape shape = check_attention(query, key, value, options);
   Problem problem(query, key, value, shape, options);
   AttentionParams& params = problem.params;
-  const at::Tensor output =
-      empty_laid_out_like(query, {params.batch, params.heads, params.queries, params.value_dim});
-  const at::Tensor logsumexp = at::empty(
-      {params.batch, params.heads, params.queries}, query.options().dtype(acc_dtype(query.scalar_type())));
+  const at::Tensor output = empty_laid_out_like(query, {params.batch, params.heads, params.queries, params.value_dim});
+  const at::Tensor logsumexp =
+      at::empty({params.batch, params.heads, params.queries}, query.options().dtype(acc_dtype(query.scalar_type())));
   const at::Tensor rng_state = draw_rng_state(query, options);
   params.rng_state = rng_state.const_data_ptr<int64_t>();
   params.output = view<void*>(output);

@@ -30,10 +30,11 @@ class BackwardBlock {
         key_width_(padded<Acc>(params.key_dim)),
         value_width_(padded<Acc>(params.value_dim)),
         scratch_(
-            Scratch<Acc>::rounded(query_block * params.key_dim) + Scratch<Acc>::rounded(query_block * params.value_dim) +
-            3 * Scratch<Acc>::rounded(key_block * query_block) +
-            2 * Scratch<Acc>::rounded(query_block * key_width_) + 2 * Scratch<Acc>::rounded(query_block * value_width_) +
-            Scratch<Acc>::rounded(key_block * key_width_) + Scratch<Acc>::rounded(key_block * value_width_)),
+            Scratch<Acc>::rounded(query_block * params.key_dim) +
+            Scratch<Acc>::rounded(query_block * params.value_dim) + 3 * Scratch<Acc>::rounded(key_block * query_block) +
+            2 * Scratch<Acc>::rounded(query_block * key_width_) +
+            2 * Scratch<Acc>::rounded(query_block * value_width_) + Scratch<Acc>::rounded(key_block * key_width_) +
+            Scratch<Acc>::rounded(key_block * value_width_)),
         packed_query_(scratch_.take(query_block * params.key_dim)),
         packed_grad_output_(scratch_.take(query_block * params.value_dim)),
         weights_(scratch_.take(key_block * query_block)),
@@ -68,8 +69,7 @@ class BackwardBlock {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
       const auto key = at<T>(params_.key, batch, params_.kv_head(head), tile.begin);
       const auto value = at<T>(params_.value, batch, params_.kv_head(head), tile.begin);
-      const auto key_rows =
-          load_rows(key, params_.key.position_stride, tile.size(), params_.key_dim, key_rows_);
+      const auto key_rows = load_rows(key, params_.key.position_stride, tile.size(), params_.key_dim, key_rows_);
       const auto value_rows =
           load_rows(value, params_.value.position_stride, tile.size(), params_.value_dim, value_rows_);
       multiply<Acc>(
@@ -186,18 +186,18 @@ class BackwardBlock {
   const int64_t key_width_;
   const int64_t value_width_;
   Scratch<Acc> scratch_;
-  Acc* packed_query_; // [key_dim][lanes]
+  Acc* packed_query_;       // [key_dim][lanes]
   Acc* packed_grad_output_; // [value_dim][lanes]
-  Acc* weights_; // [key_block][lanes]: products, then weights
-  Acc* grad_scores_; // [key_block][lanes]
-  Acc* factors_; // [key_block][lanes]
-  Acc* query_rows_; // [query_block][key_width]
-  Acc* grad_query_; // [query_block][key_width]
-  Acc* grad_output_rows_; // [query_block][value_width]
-  Acc* output_rows_; // [query_block][value_width]
-  Acc* key_rows_; // [key_block][key_width]
-  Acc* value_rows_; // [key_block][value_width]
-  int64_t lanes_ = 0; // queries of this block, in whole vectors
+  Acc* weights_;            // [key_block][lanes]: products, then weights
+  Acc* grad_scores_;        // [key_block][lanes]
+  Acc* factors_;            // [key_block][lanes]
+  Acc* query_rows_;         // [query_block][key_width]
+  Acc* grad_query_;         // [query_block][key_width]
+  Acc* grad_output_rows_;   // [query_block][value_width]
+  Acc* output_rows_;        // [query_block][value_width]
+  Acc* key_rows_;           // [key_block][key_width]
+  Acc* value_rows_;         // [key_block][value_width]
+  int64_t lanes_ = 0;       // queries of this block, in whole vectors
   Acc logsumexp_[query_block];
   Acc delta_[query_block];
 };

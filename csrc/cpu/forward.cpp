@@ -31,8 +31,7 @@ class ForwardBlock {
         scratch_(
             Scratch<Acc>::rounded(params.key_dim * query_block) + Scratch<Acc>::rounded(query_block * value_width_) +
             2 * Scratch<Acc>::rounded(key_block * query_block) + Scratch<Acc>::rounded(query_block * key_width_) +
-            Scratch<Acc>::rounded(key_block * key_width_) +
-            Scratch<Acc>::rounded(key_block * value_width_)),
+            Scratch<Acc>::rounded(key_block * key_width_) + Scratch<Acc>::rounded(key_block * value_width_)),
         packed_query_(scratch_.take(params.key_dim * query_block)),
         output_(scratch_.take(query_block * value_width_)),
         scores_(scratch_.take(key_block * query_block)),
@@ -124,8 +123,9 @@ class ForwardBlock {
       const Range seen = visibility.of_queries(lane, lane + tile_rows, tile);
       const int64_t skipped = seen.begin - tile.begin;
       multiply<Acc>(
-          std::min<int64_t>(tile_rows, lanes_ - lane), value_width_, seen.size(), {scores_ + skipped * lanes_ + lane, 1, lanes_},
-          {rows.row(skipped), rows.row_stride}, {output_ + lane * value_width_, value_width_}, true);
+          std::min<int64_t>(tile_rows, lanes_ - lane), value_width_, seen.size(),
+          {scores_ + skipped * lanes_ + lane, 1, lanes_}, {rows.row(skipped), rows.row_stride},
+          {output_ + lane * value_width_, value_width_}, true);
     }
   }
 
@@ -146,12 +146,12 @@ class ForwardBlock {
   const int64_t value_width_;
   Scratch<Acc> scratch_;
   Acc* packed_query_; // [key_dim][lanes]
-  Acc* output_; // [lanes][value_width]
-  Acc* scores_; // [key_block][lanes]
-  Acc* factors_; // [key_block][lanes]
-  Acc* query_rows_; // [query_block][key_width]
-  Acc* key_rows_; // [key_block][key_width]
-  Acc* value_rows_; // [key_block][value_width]
+  Acc* output_;       // [lanes][value_width]
+  Acc* scores_;       // [key_block][lanes]
+  Acc* factors_;      // [key_block][lanes]
+  Acc* query_rows_;   // [query_block][key_width]
+  Acc* key_rows_;     // [key_block][key_width]
+  Acc* value_rows_;   // [key_block][value_width]
   int64_t lanes_ = 0; // queries of this block, in whole vectors
   Acc maximum_[query_block];
   Acc sum_[query_block];

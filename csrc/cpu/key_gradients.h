@@ -41,8 +41,7 @@ class KeyGradients {
         key_width_(padded<Acc>(params.key_dim)),
         value_width_(padded<Acc>(params.value_dim)),
         capacity_(std::min(2 * most_keys_in_sight(params) + key_slack, schedule.most_keys)),
-        scratch_(
-            Scratch<Acc>::rounded(capacity_ * key_width_) + Scratch<Acc>::rounded(capacity_ * value_width_)),
+        scratch_(Scratch<Acc>::rounded(capacity_ * key_width_) + Scratch<Acc>::rounded(capacity_ * value_width_)),
         grad_key_(scratch_.take(capacity_ * key_width_)),
         grad_value_(scratch_.take(capacity_ * value_width_)) {}
 
@@ -107,7 +106,7 @@ class KeyGradients {
   const int64_t value_width_;
   const int64_t capacity_; // keys
   Scratch<Acc> scratch_;
-  Acc* grad_key_; // [capacity][key_width]
+  Acc* grad_key_;   // [capacity][key_width]
   Acc* grad_value_; // [capacity][value_width]
   int64_t batch_kv_head_ = 0;
   int64_t chunk_ = 0;

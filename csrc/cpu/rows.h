@@ -78,8 +78,10 @@ inline at::vec::Vectorized<float> load_as_float(const c10::Half* source) {
 
 template <typename T>
 at::vec::Vectorized<T> round_to(at::vec::Vectorized<float> low, at::vec::Vectorized<float> high) {
-  if constexpr (std::is_same_v<T, c10::Half>) return at::vec::convert_float_half(low, high);
-  else return at::vec::convert_float_bfloat16(low, high);
+  if constexpr (std::is_same_v<T, c10::Half>)
+    return at::vec::convert_float_half(low, high);
+  else
+    return at::vec::convert_float_bfloat16(low, high);
 }
 
 /// rows x dim elements at `source` (row stride `stride`) as rows of whole vectors, zeros behind each row. Points at the
@@ -96,9 +98,7 @@ RowMajor<const Acc> load_rows(const T* source, int64_t stride, int64_t rows, int
     Acc* to = scratch + r * width;
     int64_t d = 0;
     if constexpr (!std::is_same_v<T, Acc>) {
-      for (; d + Vec::size() <= dim; d += Vec::size()) {
-        load_as_float(from + d).store(to + d);
-      }
+      for (; d + Vec::size() <= dim; d += Vec::size()) { load_as_float(from + d).store(to + d); }
     }
     for (; d < dim; ++d) to[d] = static_cast<Acc>(from[d]);
     for (; d < width; ++d) to[d] = Acc(0);

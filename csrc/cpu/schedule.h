@@ -32,7 +32,7 @@ struct BackwardSchedule {
   int64_t chunks;
   int64_t row; // Dk + Dv: the shares of one key
   Window window;
-  int64_t most_keys = 0; // keys of a chunk, at most
+  int64_t most_keys = 0;   // keys of a chunk, at most
   int64_t most_shared = 0; // keys of a chunk that are not private to it, at most
 
   explicit BackwardSchedule(const AttentionParams& params)

@@ -25,8 +25,8 @@ template <typename Acc>
 struct ScoreTransform {
   using Vec = at::vec::Vectorized<Acc>;
 
-  Acc product_factor; // from the product to z, or to the argument of tanh
-  Acc cap; // softcap / temperature; 0: off
+  Acc product_factor;  // from the product to z, or to the argument of tanh
+  Acc cap;             // softcap / temperature; 0: off
   Acc gradient_factor; // d z / d <q, k>, the derivative of tanh left out
   double inverse_temperature;
 

@@ -90,7 +90,8 @@ void multiply(
     sum.data += count * sum.row_stride;
     rows -= count;
   };
-  for (; rows >= tile_rows; advance(tile_rows)) multiply_rows<T, tile_rows>(columns, depth, left, right, sum, accumulate);
+  for (; rows >= tile_rows; advance(tile_rows))
+    multiply_rows<T, tile_rows>(columns, depth, left, right, sum, accumulate);
   for (; rows >= 4; advance(4)) multiply_rows<T, 4>(columns, depth, left, right, sum, accumulate);
   for (; rows >= 2; advance(2)) multiply_rows<T, 2>(columns, depth, left, right, sum, accumulate);
   for (; rows >= 1; advance(1)) multiply_rows<T, 1>(columns, depth, left, right, sum, accumulate);

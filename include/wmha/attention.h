@@ -115,13 +115,13 @@ WMHA_API at::Tensor attention_weights(
 
 /// Weights and biases of multi_head_attention, laid out as torch::nn::Linear does.
 struct ProjectionWeights {
-  at::Tensor q_weight; // (Hq * Dk, E)
-  at::Tensor k_weight; // (Hkv * Dk, Ek)
-  at::Tensor v_weight; // (Hkv * Dv, Ev)
-  at::Tensor out_weight; // (Eo, Hq * Dv)
-  std::optional<at::Tensor> q_bias = std::nullopt; // (Hq * Dk,)
-  std::optional<at::Tensor> k_bias = std::nullopt; // (Hkv * Dk,)
-  std::optional<at::Tensor> v_bias = std::nullopt; // (Hkv * Dv,)
+  at::Tensor q_weight;                               // (Hq * Dk, E)
+  at::Tensor k_weight;                               // (Hkv * Dk, Ek)
+  at::Tensor v_weight;                               // (Hkv * Dv, Ev)
+  at::Tensor out_weight;                             // (Eo, Hq * Dv)
+  std::optional<at::Tensor> q_bias = std::nullopt;   // (Hq * Dk,)
+  std::optional<at::Tensor> k_bias = std::nullopt;   // (Hkv * Dk,)
+  std::optional<at::Tensor> v_bias = std::nullopt;   // (Hkv * Dv,)
   std::optional<at::Tensor> out_bias = std::nullopt; // (Eo,)
 };
 

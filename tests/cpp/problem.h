@@ -40,10 +40,10 @@ auto with_type(ScalarType dtype, const Function& function) {
 
 /// Where the elements of a (B, H, N, D) tensor lie.
 struct Layout {
-  int64_t lead = 0; // elements before the first: an odd number of them misaligns every row
-  int64_t gap = 0; // elements between two rows
+  int64_t lead = 0;             // elements before the first: an odd number of them misaligns every row
+  int64_t gap = 0;              // elements between two rows
   bool positions_first = false; // in memory (B, N, H, D)
-  bool expanded = false; // batches and heads on top of one another, strides 0: inputs only
+  bool expanded = false;        // batches and heads on top of one another, strides 0: inputs only
 };
 
 /// A tensor and its memory. All bytes that belong to no element are `blank`: a NaN in every type when read, and seen to
@@ -160,14 +160,14 @@ struct Case {
   std::optional<double> scale = {};
   double softcap = 0;
   std::vector<double> temperature = {}; // none: 1; one: a number; one for each head: through a pointer
-  bool temperature_pointer = false; // one number through a pointer with stride 0
+  bool temperature_pointer = false;     // one number through a pointer with stride 0
   double dropout = 0;
   bool grad_logsumexp = true;
   bool grad_temperature = true;
   Layout layout = {};
   double magnitude = 1; // of query and key
-  double shift = 0; // added to every <q, k>
-  double slack = 1; // factor on the tolerance, for cases that lose digits by their nature
+  double shift = 0;     // added to every <q, k>
+  double slack = 1;     // factor on the tolerance, for cases that lose digits by their nature
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Case& c) {
@@ -205,8 +205,12 @@ class Problem {
     grad_logsumexp.fill_random(random, 1);
     if (c.shift != 0) {
       const double root = std::exp2(std::floor(std::log2(std::abs(c.shift)) / 2)); // a power of two: exact everywhere
-      query.for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) { if (d == 0) query.set(b, h, n, 0, root); });
-      key.for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) { if (d == 0) key.set(b, h, n, 0, c.shift / root); });
+      query.for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) {
+        if (d == 0) query.set(b, h, n, 0, root);
+      });
+      key.for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) {
+        if (d == 0) key.set(b, h, n, 0, c.shift / root);
+      });
     }
     for (size_t h = 0; h < c.temperature.size(); ++h) temperature.set(0, 0, h, 0, c.temperature[h]);
 
@@ -307,7 +311,7 @@ inline std::vector<InstructionSet> instruction_sets() {
 #ifdef WMHA_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   sets.push_back({"AVX2", &wmha::cpu::AVX2::kernels, avx2});
   sets.push_back({"AVX512", &wmha::cpu::AVX512::kernels, avx512});
 #endif

@@ -102,7 +102,7 @@ class Row {
   template <typename View>
   double* at(const View& view, int64_t head, int64_t position) const {
     return static_cast<double*>(const_cast<void*>(static_cast<const void*>(view.data))) +
-        view.offset(batch_, head, position);
+           view.offset(batch_, head, position);
   }
   const double* query() const { return at(params_.query, head_, i_); }
   const double* key(int64_t j) const { return at(params_.key, kv_head_, j); }
@@ -129,7 +129,7 @@ class Row {
   int64_t kv_head_;
   int64_t i_;
   double temperature_;
-  std::vector<int64_t> keys_; // those it sees
+  std::vector<int64_t> keys_;  // those it sees
   std::vector<double> scores_; // z of each
   double logsumexp_;
 };

@@ -1,5 +1,5 @@
-// Wrong arguments through the C++ API: each is a c10::Error whose message names the argument, what was expected and what
-// came, on the CPU and on fake tensors alike, with and without gradients; and the process lives on.
+// Wrong arguments through the C++ API: each is a c10::Error whose message names the argument, what was expected and
+// what came, on the CPU and on fake tensors alike, with and without gradients; and the process lives on.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <c10/util/Exception.h>
@@ -41,7 +41,7 @@ struct Spoiled {
   const char* name;
   std::function<void(Call&)> spoil;
   std::vector<std::string> words; // of the message
-  bool concerns_weights = true; // is an argument of attention_weights too
+  bool concerns_weights = true;   // is an argument of attention_weights too
 };
 
 const std::vector<Spoiled> spoiled_calls = {
@@ -83,7 +83,9 @@ const std::vector<Spoiled> spoiled_calls = {
      {"key", "device", "cpu", "meta"}},
     {"window_left", [](Call& c) { c.options.window(-2, 0); }, {"window_left", "-1", "got -2"}},
     {"window_right", [](Call& c) { c.options.window(0, -7); }, {"window_right", "-1", "got -7"}},
-    {"window of INT64_MIN", [](Call& c) { c.options.window(smallest, 0); }, {"window_left", "got -9223372036854775808"}},
+    {"window of INT64_MIN",
+     [](Call& c) { c.options.window(smallest, 0); },
+     {"window_left", "got -9223372036854775808"}},
     {"infinite scale", [](Call& c) { c.options.scale(infinity); }, {"scale", "finite", "got inf"}},
     {"scale of NaN", [](Call& c) { c.options.scale(nan); }, {"scale", "finite", "got nan"}},
     {"temperature 0", [](Call& c) { c.options.temperature(0.0); }, {"temperature", "positive", "got 0"}},
@@ -157,8 +159,12 @@ TEST_P(Check, AcceptsTheEndsOfEveryRange) {
   accepts("a temperature in fp64", [](Call& c) { c.options.temperature(c.ones({}, at::kDouble)); }, {2, 4, 5, 6});
   accepts("one temperature", [](Call& c) { c.options.temperature(c.ones({1})); }, {2, 4, 5, 6});
   accepts("dropout 1", [](Call& c) { c.options.dropout(1); }, {2, 4, 5, 6});
-  accepts("no batch", [](Call& c) { c.query = c.ones({0, 4, 5, 8}), c.key = c.value = c.ones({0, 2, 7, 8}); }, {0, 4, 5, 8});
-  accepts("no heads", [](Call& c) { c.query = c.ones({2, 0, 5, 8}), c.key = c.value = c.ones({2, 0, 7, 8}); }, {2, 0, 5, 8});
+  accepts(
+      "no batch", [](Call& c) { c.query = c.ones({0, 4, 5, 8}), c.key = c.value = c.ones({0, 2, 7, 8}); },
+      {0, 4, 5, 8});
+  accepts(
+      "no heads", [](Call& c) { c.query = c.ones({2, 0, 5, 8}), c.key = c.value = c.ones({2, 0, 7, 8}); },
+      {2, 0, 5, 8});
   accepts("no queries", [](Call& c) { c.query = c.ones({2, 4, 0, 8}); }, {2, 4, 0, 6});
   accepts("no keys", [](Call& c) { c.key = c.value = c.ones({2, 2, 0, 8}); }, {2, 4, 5, 8});
 }
@@ -178,7 +184,8 @@ TEST_P(Check, WeightsTakeNoDropoutAndNoUndefinedTensors) {
   expect_error([&] { wmha::attention_weights(c.query, c.key, c.options.dropout(0.1)); }, {"dropout"});
   EXPECT_THROW(wmha::attention(c.query, at::Tensor(), c.value), c10::Error);
   EXPECT_THROW(wmha::attention(at::Tensor(), c.key, c.value), c10::Error);
-  EXPECT_THROW(wmha::attention(c.query, c.key, c.value, wmha::AttentionOptions().temperature(at::Tensor())), c10::Error);
+  EXPECT_THROW(
+      wmha::attention(c.query, c.key, c.value, wmha::AttentionOptions().temperature(at::Tensor())), c10::Error);
 }
 
 // ---- multi_head_attention ----
@@ -215,7 +222,9 @@ const std::vector<SpoiledMultiHead> spoiled_multi_head_calls = {
     {"query of rank 4", [](auto& c) { c.query = c.ones({2, 1, 5, 10}); }, {"query", "3", "got 4"}},
     {"key of rank 2", [](auto& c) { c.key = c.ones({7, 11}); }, {"key", "3", "got 2"}},
     {"query of integers", [](auto& c) { c.query = c.ones({2, 5, 10}, at::kInt); }, {"query", "got Int"}},
-    {"value of another dtype", [](auto& c) { c.value = c.ones({2, 7, 12}, at::kHalf); }, {"value", "Float", "got Half"}},
+    {"value of another dtype",
+     [](auto& c) { c.value = c.ones({2, 7, 12}, at::kHalf); },
+     {"value", "Float", "got Half"}},
     {"batch of key", [](auto& c) { c.key = c.ones({3, 7, 11}); }, {"key", "batch", "2", "got 3"}},
     {"positions of value", [](auto& c) { c.value = c.ones({2, 8, 12}); }, {"value", "7", "got 8"}},
     {"no heads", [](auto& c) { c.heads = 0; }, {"num_heads", "at least 1", "got 0"}},

@@ -48,6 +48,22 @@ TEST(Philox, GivesThePublishedAnswers) {
   }
 }
 
+TEST(Philox, GivesTheSameInLanesAsOneByOne) {
+  constexpr int width = 5;
+  wmha::PhiloxLanes<width> lanes;
+  for (uint32_t i = 0; i < width; ++i) {
+    for (uint32_t w = 0; w < 4; ++w) lanes.word[w][i] = 1000003 * i + 10007 * w;
+  }
+  const wmha::PhiloxLanes<width> counters = lanes;
+  philox<7>(lanes, 12, 34);
+  for (int i = 0; i < width; ++i) {
+    const auto one = [i](const wmha::PhiloxLanes<width>& all) {
+      return PhiloxWords{{all.word[0][i], all.word[1][i], all.word[2][i], all.word[3][i]}};
+    };
+    EXPECT_TRUE(equal(one(lanes), philox<7>(one(counters), 12, 34))) << "lane " << i;
+  }
+}
+
 static_assert(equal(philox<7>({0, 0, 0, 0}, 0, 0), known_answers[0].after_7_rounds), "at compile time too");
 static_assert(Dropout::rounds == 7);
 

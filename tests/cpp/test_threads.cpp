@@ -1,5 +1,5 @@
-// The kernels' tasks on several threads at once, as the thread sanitizer likes them: plain std::thread, no OpenMP, whose
-// runtime it can't see into.
+// The kernels' tasks on several threads at once, as the thread sanitizer likes them: plain std::thread, no OpenMP,
+// whose runtime it can't see into.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -44,8 +44,16 @@ TEST_P(Threads, GiveTheSameBitsAsOne) {
   if (!GetParam().supported) GTEST_SKIP() << "this CPU has no " << GetParam().name;
   for (const ScalarType dtype : {ScalarType::Float, ScalarType::BFloat16}) {
     for (const Case& c : std::initializer_list<Case>{
-             {.name = "narrow", .batch = 2, .heads = 4, .kv_heads = 2, .queries = 1000, .keys = 1000, .left = 40,
-              .right = 3, .temperature = {0.5, 1.0, 2.0, 4.0}, .dropout = 0.1,
+             {.name = "narrow",
+              .batch = 2,
+              .heads = 4,
+              .kv_heads = 2,
+              .queries = 1000,
+              .keys = 1000,
+              .left = 40,
+              .right = 3,
+              .temperature = {0.5, 1.0, 2.0, 4.0},
+              .dropout = 0.1,
               .layout = {.lead = 1, .positions_first = true}},
              {.name = "causal", .heads = 2, .kv_heads = 1, .queries = 1000, .keys = 300, .right = 0, .softcap = 5}}) {
       SCOPED_TRACE(testing::Message() << c);
@@ -63,10 +71,8 @@ TEST_P(Threads, GiveTheSameBitsAsOne) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Every,
-    Threads,
-    testing::ValuesIn(instruction_sets()),
-    [](const auto& info) { return std::string(info.param.name); });
+INSTANTIATE_TEST_SUITE_P(Every, Threads, testing::ValuesIn(instruction_sets()), [](const auto& info) {
+  return std::string(info.param.name);
+});
 
 } // namespace

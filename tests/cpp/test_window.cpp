@@ -59,8 +59,9 @@ std::vector<int64_t> seen_keys(const Window& window, int64_t i) {
 void expect_as_defined(const Window& window, int64_t queries) {
   Range previous = window.keys_of(0);
   for (int64_t i = 0; i < queries; ++i) {
-    SCOPED_TRACE(testing::Message() << "query " << i << ", window (" << window.left << ", " << window.right
-                                    << "), offset " << window.offset << ", keys " << window.keys);
+    SCOPED_TRACE(
+        testing::Message() << "query " << i << ", window (" << window.left << ", " << window.right << "), offset "
+                           << window.offset << ", keys " << window.keys);
     const Range range = window.keys_of(i);
     ASSERT_LE(0, range.begin);
     ASSERT_LE(range.begin, range.end);
@@ -141,9 +142,9 @@ wmha::AttentionParams problem(int64_t batch_heads, int64_t queries, const Window
 
 void expect_sound(const BackwardSchedule& schedule) {
   const Window& window = schedule.window;
-  SCOPED_TRACE(testing::Message() << schedule.queries << " queries in " << schedule.chunks << " chunks, window ("
-                                  << window.left << ", " << window.right << "), offset " << window.offset << ", keys "
-                                  << window.keys);
+  SCOPED_TRACE(
+      testing::Message() << schedule.queries << " queries in " << schedule.chunks << " chunks, window (" << window.left
+                         << ", " << window.right << "), offset " << window.offset << ", keys " << window.keys);
   int64_t next_query = 0;
   std::vector<int> seen(window.keys, 0);
   std::vector<int> owned(window.keys, 0);

@@ -1,4 +1,5 @@
-// A C++ program that uses wmha in its three ways: the C++ API with gradients, a TorchScript model, an AOTInductor package.
+// A C++ program that uses wmha in its three ways: the C++ API with gradients, a TorchScript model, an AOTInductor
+// package.
 //
 //   cpp_app MODEL.pt MODEL.pt2 EXAMPLE.pt
 //
@@ -21,8 +22,9 @@ constexpr double tolerance = 1e-4; // of the largest expected number: what other
 
 bool report(const char* what, const at::Tensor& actual, const at::Tensor& expected) {
   if (!actual.sizes().equals(expected.sizes())) {
-    std::printf("DIFFERS  %s: shape %s, expected %s\n", what, c10::str(actual.sizes()).c_str(),
-                c10::str(expected.sizes()).c_str());
+    std::printf(
+        "DIFFERS  %s: shape %s, expected %s\n", what, c10::str(actual.sizes()).c_str(),
+        c10::str(expected.sizes()).c_str());
     return false;
   }
   const double difference = (actual.to(at::kDouble) - expected.to(at::kDouble)).abs().max().item<double>();
@@ -39,8 +41,8 @@ bool api_has_gradients() {
   const auto fp64 = torch::dtype(torch::kDouble);
   const auto random = [&](at::IntArrayRef shape) { return torch::randn(shape, fp64); };
   const at::Tensor query = random({2, 4, 100, 16}); // (B, Hq, Nq, Dk)
-  const at::Tensor key = random({2, 2, 100, 16}); // (B, Hkv, Nk, Dk): two query heads share each key head
-  const at::Tensor value = random({2, 2, 100, 8}); // (B, Hkv, Nk, Dv)
+  const at::Tensor key = random({2, 2, 100, 16});   // (B, Hkv, Nk, Dk): two query heads share each key head
+  const at::Tensor value = random({2, 2, 100, 8});  // (B, Hkv, Nk, Dv)
   const at::Tensor temperature = torch::full({4}, 0.8, fp64).requires_grad_(); // one for each head
   query.requires_grad_();
 
@@ -52,11 +54,10 @@ bool api_has_gradients() {
 
   const at::Tensor query_step = 1e-5 * torch::randn_like(query);
   const at::Tensor temperature_step = 1e-5 * torch::randn_like(temperature);
-  const at::Tensor predicted =
-      2 * ((query.grad() * query_step).sum() + (temperature.grad() * temperature_step).sum());
+  const at::Tensor predicted = 2 * ((query.grad() * query_step).sum() + (temperature.grad() * temperature_step).sum());
   torch::NoGradGuard no_grad;
   const at::Tensor measured = loss(query + query_step, temperature + temperature_step) -
-      loss(query - query_step, temperature - temperature_step);
+                              loss(query - query_step, temperature - temperature_step);
   return report("gradients through the C++ API", predicted, measured);
 }
 
@@ -106,8 +107,6 @@ int main(int argc, char** argv) {
     return run(argv[1], argv[2], argv[3]);
   } catch (const c10::Error& error) {
     std::fprintf(stderr, "error: %s\n", error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "error: %s\n", error.what());
-  }
+  } catch (const std::exception& error) { std::fprintf(stderr, "error: %s\n", error.what()); }
   return 1;
 }

@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import torch
+
 import wmha  # noqa: F401  (registers torch.ops.wmha)
 
 

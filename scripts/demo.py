@@ -1,0 +1,294 @@
+"""Trains a small language model with wmha on Python's standard library, measures it, and runs it from C++.
+
+One run shows what the plugin is for: a causal model with a sliding window, dropout on the attention weights and a
+learned temperature for each head learns to predict the next byte; the same model on PyTorch's own attention shows what
+a training step costs there; and the trained model leaves Python as TorchScript and as an AOTInductor package, which a
+C++ program loads and agrees with.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import demo_compare
+import demo_export
+import demo_text
+import wmha
+from demo_model import LanguageModel, bits_per_byte, generate
+
+QUICK = {  # what --quick makes the defaults: every part of the demo, each too short to impress
+    "seconds": 10.0,
+    "layers": 2,
+    "dim": 64,
+    "length": 256,
+    "window": 64,
+    "compare_seconds": 8.0,
+    "compare_lengths": [256, 512, 1024],
+    "validation": 2**14,
+    "sample": 120,
+}
+VALIDATE_AT = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the training, for the learning curve
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def at_least(least: int):
+    def convert(text: str) -> int:
+        if not text.lstrip("+-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got '{text}'")
+        return int(text)
+
+    return convert
+
+
+def between(low: float, high: float):
+    """A number x with low <= x < high."""
+
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) < high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"expected a number in [{low:g}, {high:g}), got '{text}'")
+
+    return convert
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(group, name, default, type, text, **more):
+        shown = "" if default is None else " (default: %(default)s)"
+        group.add_argument(name, default=default, type=type, help=text + shown, **more)
+
+    model = parser.add_argument_group("model")
+    add(model, "--layers", 4, at_least(1), "number of layers")
+    add(model, "--dim", 128, at_least(2), "width of the model, a multiple of twice --heads")
+    add(model, "--heads", 4, at_least(1), "attention heads in each layer")
+    add(model, "--window", 128, at_least(1), "how many bytes before its own a byte sees")
+    add(model, "--dropout", 0.1, between(0, 1), "probability with which an attention weight is dropped in training")
+    training = parser.add_argument_group("training")
+    add(training, "--steps", None, at_least(1), "training steps (default: 1500, or as many as --seconds allows)")
+    add(training, "--seconds", 130.0, between(0, math.inf), "time for training, in seconds; with --steps, no limit")
+    add(training, "--batch", 4, at_least(1), "sequences in a step")
+    add(training, "--length", 512, at_least(2), "bytes in a sequence")
+    add(training, "--lr", 3e-3, between(0, math.inf), "highest learning rate")
+    add(training, "--text", None, pathlib.Path, "a file, or a folder of .py, .txt and .md files, to train on instead")
+    add(training, "--validation", 2**17, at_least(1), "bytes of text held out for validation, at most")
+    compare = parser.add_argument_group("comparison with scaled_dot_product_attention")
+    add(compare, "--compare-lengths", [512, 1024, 2048, 4096, 8192], at_least(1), "lengths, in bytes", nargs="+")
+    add(compare, "--compare-seconds", 45.0, between(0, math.inf), "time for it, in seconds")
+    general = parser.add_argument_group("general")
+    add(general, "--sample", 400, at_least(0), "bytes of text that the trained model writes")
+    add(general, "--seed", 0, at_least(0), "of everything random")
+    add(general, "--device", "cpu", str, "where to train and measure, as PyTorch names it")
+    add(general, "--threads", torch.get_num_threads(), at_least(1), "threads on the CPU")
+    add(general, "--out", pathlib.Path("wmha-demo"), pathlib.Path, "folder for pictures, models and numbers")
+    general.add_argument("--quick", action="store_true", help="every part, smaller, in about a minute")
+
+    if parser.parse_known_args(arguments)[0].quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(arguments)
+    if args.steps is not None and args.seconds == parser.get_default("seconds"):
+        args.seconds = math.inf
+    args.steps = args.steps or 1500
+    args.compare_lengths = sorted(set(args.compare_lengths))
+    if args.dim % (2 * args.heads) != 0:
+        parser.error(f"--dim {args.dim} is not a multiple of twice --heads {args.heads}")
+    if missing := demo_export.missing_tools():
+        parser.error(f"{' and '.join(missing)} not found: needed for the AOTInductor package and the C++ program")
+    try:
+        tokens = torch.zeros(1, 1, 2, 8, device=args.device)
+        wmha.attention(tokens, tokens, tokens, window=(1, 0))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "numbers.json").write_text("{}")
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
+    return parser, args
+
+
+def train(model: LanguageModel, text: Tensor, validation: Tensor, args: argparse.Namespace):
+    """-> bits per byte of each training step, and [(steps, bits per byte of the validation text)]."""
+    generator = torch.Generator().manual_seed(args.seed)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    losses, points, spent = [], [(0, bits_per_byte(model, validation))], 0.0
+    validate_at = list(VALIDATE_AT)
+    model.train()
+    with tqdm(total=args.steps, unit="step", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+        while len(losses) < args.steps and spent < args.seconds:
+            start = time.perf_counter()
+            progress = max(len(losses) / args.steps, spent / args.seconds)
+            rate = args.lr * min(1, 20 * progress + 0.01) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            first = torch.randint(len(text) - args.length, (args.batch, 1), generator=generator)
+            batch = text[first + torch.arange(args.length + 1)].to(args.device)
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item() / math.log(2))
+            if validate_at and progress >= validate_at[0]:
+                del validate_at[0]
+                points.append((len(losses), bits_per_byte(model, validation)))
+            bar.set_postfix_str(f"{losses[-1]:.2f} bits per byte, validation {points[-1][1]:.2f}", refresh=False)
+            bar.update()
+            spent += time.perf_counter() - start
+    points.append((len(losses), bits_per_byte(model, validation)))
+    return losses, points
+
+
+def compare(args: argparse.Namespace) -> dict[str, list[demo_compare.Step]]:
+    shape = model_shape(args)
+    difference = demo_compare.largest_difference(shape, 300, args.device)
+    print(f"  same weights, without dropout: logits and gradients differ by {difference:.1g} of the largest")
+    with tqdm(total=0, bar_format="  {desc}", leave=False, disable=None) as line:
+        results = demo_compare.measure(
+            shape, args.dropout, args.compare_lengths, args.compare_seconds, args.device, args.threads,
+            line.set_description_str,
+        )  # fmt: skip
+    for name, steps in results.items():
+        print(f"  {name}")
+        for step in steps:
+            print(f"    {step.length:7,} bytes: {1000 * step.seconds:9,.1f} ms {step.mebibytes:9,.0f} MiB")
+    for p in dict.fromkeys((args.dropout, 0.0)):
+        ours, theirs = ({step.length: step for step in results[demo_compare.Variant(name, p).name]} for name in
+                        demo_compare.ATTENTIONS)  # fmt: skip
+        length = max(ours.keys() & theirs.keys(), default=None)
+        if length is None:
+            continue
+        faster = theirs[length].seconds / ours[length].seconds
+        smaller = theirs[length].mebibytes / ours[length].mebibytes
+        print(f"  {length:,} bytes, dropout {p:g}: SDPA takes {faster:.1f} x the time, {smaller:.1f} x the memory")
+    return results
+
+
+def model_shape(args: argparse.Namespace) -> dict[str, int]:
+    return {"layers": args.layers, "dim": args.dim, "heads": args.heads, "window": args.window}
+
+
+def leave_python(model: LanguageModel, tokens: Tensor, folder: pathlib.Path) -> bool:
+    """Saves the model in both forms and has the C++ program compare them with Python; did all agree?"""
+    files = [folder / "model.pt", folder / "model.pt2", folder / "example.pt"]
+    log = folder / "cpp_build.log"
+    with demo_export.building(folder / "cpp_build", log) as build:
+        demo_export.save(model, tokens, *files)
+        if build.wait() != 0:
+            print(f"  building the C++ program failed; see {log}")
+            return False
+    app = subprocess.run([folder / "cpp_build" / "cpp_app", *files], text=True, capture_output=True)
+    print("  " + (app.stdout + app.stderr).strip().replace("\n", "\n  "))
+    return app.returncode == 0
+
+
+class Stages:
+    """Headings with the time that has passed."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        print(f"\n[{time.perf_counter() - self.start:3.0f} s] {text}", flush=True)
+
+
+def run(parser: Parser, args: argparse.Namespace) -> int:
+    stage = Stages()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+
+    try:
+        text, validation = demo_text.load(args.text, args.validation)
+    except OSError as error:
+        parser.error(f"--text {args.text}: {error.strerror}")
+    if len(text) <= args.length or len(validation) == 0:
+        parser.error(f"--length {args.length} is too long for {len(text)} bytes of text to train on")
+    stage(f"Training on {len(text):,} bytes, {'of the standard library' if args.text is None else args.text}")
+    baselines = demo_text.baselines(text, validation)
+    model = LanguageModel(**model_shape(args), dropout=args.dropout).to(args.device)
+    validation = validation.to(args.device)
+    print(f"  {sum(p.numel() for p in model.parameters()):,} parameters, window {args.window}, {args.threads} threads")
+    losses, points = train(model, text, validation, args)
+    print(f"  bits per byte of {len(validation):,} bytes of files it has not seen")
+    for name, value in {"before training": points[0][1], **baselines, "after training": points[-1][1]}.items():
+        print(f"    {name:18} {value:5.2f}")
+
+    stage("Time and peak memory of a training step, beside scaled_dot_product_attention with a window mask")
+    results = compare(args)
+
+    stage("Leaving Python: TorchScript, AOTInductor, and a C++ program that loads both")
+    model = model.cpu()
+    tokens = validation[None, :300].cpu()
+    agrees = leave_python(model, tokens, args.out)
+    print("  C++ gets the same numbers as Python" if agrees else "  C++ DIFFERS from Python")
+
+    stage("Pictures, and a sample")
+    import demo_plots  # late: matplotlib takes a while, and the measuring processes import this file
+
+    demo_plots.learning(args.out / "learning.png", losses, args.batch * args.length, points, baselines)
+    demo_plots.cost(args.out / "cost.png", results, args.window, f"{args.threads} threads, one sequence")
+    demo_plots.attention(args.out / "attention.png", model, validation[: 2 * args.window].cpu(), args.window)
+    generator = torch.Generator().manual_seed(args.seed)
+    sample = generate(model, b"\0import ", args.sample, args.layers * args.window, generator)[1:]
+    sample = sample.decode(errors="replace")
+    (args.out / "sample.txt").write_text(sample)
+    print("  | " + sample.replace("\n", "\n  | "))
+
+    numbers = {
+        "options": {name: str(value) for name, value in vars(args).items()},
+        "bits_per_byte": {"before": points[0][1], "after": points[-1][1], **baselines},
+        "validation": points,
+        "steps": {name: [vars(step) for step in steps] for name, steps in results.items()},
+        "cpp_agrees": agrees,
+    }
+    (args.out / "numbers.json").write_text(json.dumps(numbers, indent=1))
+    stage(f"Everything is in {args.out.resolve()}")
+    for name, what in (
+        ("learning.png", "bits per byte while it learned, beside what others need"),
+        ("attention.png", "what four of its heads look at"),
+        ("cost.png", "time and memory of a training step over the length of the sequence"),
+        ("sample.txt", "text that it wrote"),
+        ("model.pt", "the model as TorchScript"),
+        ("model.pt2", "the model as an AOTInductor package"),
+        ("example.pt", "an input, and the output that all of them get"),
+        ("cpp_build/cpp_app", "the C++ program: cpp_app model.pt model.pt2 example.pt"),
+        ("numbers.json", "all numbers and options"),
+    ):
+        print(f"  {name:18} {what}")
+    return 0 if agrees else 1
+
+
+def main() -> int:
+    try:
+        return run(*parse())
+    except KeyboardInterrupt:
+        print("\ndemo.py: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Time and memory of training steps: the model on wmha beside the same model on scaled_dot_product_attention.
+
+Each variant lives in a process of its own, so that its peak memory is its own; they take turns, step by step, so that
+a busy moment of the machine hits all of them.
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from demo_model import LanguageModel, MaskedAttention, WindowAttention
+
+ATTENTIONS = {"wmha": WindowAttention, "SDPA with a mask": MaskedAttention}
+WARM_UP_LENGTH = 16
+MEMORY_SHARE = 0.5  # of what is free: a step expected to need more is left out
+PATIENCE = 0.25  # of the whole time: a step expected to take longer is left out
+ROUNDS = 5
+
+
+@dataclasses.dataclass
+class Variant:
+    """One line of the picture."""
+
+    attention: str  # of ATTENTIONS
+    dropout: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.attention}, {'dropout' if self.dropout > 0 else 'no dropout'}"
+
+
+@dataclasses.dataclass
+class Step:
+    """What one training step on a sequence took."""
+
+    length: int
+    seconds: float  # the fastest of the rounds
+    mebibytes: float  # peak above what model, gradients and optimiser hold between steps
+
+
+def measure(
+    shape: dict, dropout: float, lengths: list[int], seconds: float, device: str, threads: int, tell: Callable
+) -> dict[str, list[Step]]:
+    """The steps of each variant, by name, up to the lengths that memory and patience allow."""
+    variants = [Variant(attention, p) for p in dict.fromkeys((dropout, 0.0)) for attention in ATTENTIONS]
+    results: dict[str, list[Step]] = {variant.name: [] for variant in variants}
+    with contextlib.ExitStack() as stack:
+        workers = {v.name: stack.enter_context(worker(v, shape, device, threads)) for v in variants}
+        for connection in workers.values():
+            ask(connection, WARM_UP_LENGTH)  # answered when the process has begun
+        start = time.perf_counter()
+        for i, length in enumerate(lengths):
+            deadline = start + seconds * (i + 1) / len(lengths)
+            running = [name for name in workers if affordable(results[name], length, PATIENCE * seconds)]
+            if not running:
+                break
+            for round_ in range(ROUNDS):
+                if round_ > 1 and time.perf_counter() > deadline:
+                    break
+                for name in list(running):
+                    tell(f"{length} bytes, {name}")
+                    answer = ask(workers[name], length)
+                    if answer is None:  # it wrote why, or was ended from outside, perhaps for its memory
+                        running.remove(name)
+                        results[name] = [step for step in results[name] if step.length < length]
+                        continue
+                    step = Step(length, *answer)
+                    if round_ == 0:
+                        results[name].append(step)
+                    else:  # the first round also warmed up, so it counts only if it was the fastest
+                        best = results[name][-1]
+                        best.seconds = min(best.seconds, step.seconds)
+                        best.mebibytes = max(best.mebibytes, step.mebibytes)
+    return results
+
+
+def affordable(steps: list[Step], length: int, patience: float) -> bool:
+    """Can a step of this length be expected to fit, if it grows with the square of the length?"""
+    if not steps:
+        return True
+    growth = (length / steps[-1].length) ** 2
+    memory = steps[-1].mebibytes * growth < MEMORY_SHARE * free_mebibytes()
+    return steps[-1].length * 2 >= length and memory and steps[-1].seconds * growth < patience
+
+
+def free_mebibytes() -> float:
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**21  # half of all
+
+
+@contextlib.contextmanager
+def worker(variant: Variant, shape: dict, device: str, threads: int) -> Iterator:
+    """A connection that takes a length and answers (seconds, mebibytes) of a training step."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, variant, shape, device, threads), daemon=True)
+    process.start()
+    there.close()
+    try:
+        yield here
+    finally:
+        here.close()
+        process.terminate()
+        process.join()
+
+
+def ask(connection, length: int) -> tuple[float, float] | None:
+    """None if the worker has ended."""
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        connection.send(length)
+        return connection.recv()
+
+
+def serve(connection, variant: Variant, shape: dict, device: str, threads: int) -> None:
+    """The worker's side: trains on random bytes until nobody asks any more."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = LanguageModel(**shape, dropout=variant.dropout, attention=ATTENTIONS[variant.attention]).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    train_step(model, optimizer, torch.randint(256, (1, WARM_UP_LENGTH + 1), device=device))
+    before = memory(device)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            tokens = torch.randint(256, (1, connection.recv() + 1), device=device)
+            start = time.perf_counter()
+            train_step(model, optimizer, tokens)
+            seconds = time.perf_counter() - start
+            connection.send((seconds, peak_memory(device) - before))
+
+
+def train_step(model, optimizer, tokens: torch.Tensor) -> None:
+    optimizer.zero_grad(set_to_none=False)
+    F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    optimizer.step()
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+
+
+def memory(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated() / 2**20
+    return status("VmRSS")
+
+
+def peak_memory(device: str) -> float:
+    """Since the process began: lengths that only grow make it the last one's."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return status("VmHWM")
+
+
+def status(field: str) -> float:
+    """Of this process, in MiB. Not getrusage's ru_maxrss, which a child takes over from its parent."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+
+
+def largest_difference(shape: dict, length: int, device: str) -> float:
+    """Of the logits and of all gradients of both models with the same weights, relative to the largest number."""
+    torch.manual_seed(0)
+    models = [LanguageModel(**shape, dropout=0.0, attention=attention).to(device) for attention in ATTENTIONS.values()]
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # none is zero, no two heads are alike
+    models[1].load_state_dict(models[0].state_dict())
+    tokens = torch.randint(256, (1, length), device=device)
+    numbers = []
+    for model in models:
+        logits = model(tokens)
+        logits.square().mean().backward()
+        numbers.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*numbers, strict=True))
