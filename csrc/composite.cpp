@@ -255,7 +255,10 @@ std::tuple<at::Tensor, at::Tensor> composite_attention(
   return {laid_out_like(query, output), at::cat(logsumexps, 3).flatten(1, 2)};
 }
 
-TORCH_LIBRARY_IMPL(wmha, CompositeImplicitAutograd, library) {
+namespace {
+
+/// The operators that are compositions on every device.
+void implement_compositions(torch::Library& library) {
   library.impl("attention_weights.temperature_tensor", attention_weights_composite<const at::Tensor&>);
   library.impl("attention_weights", attention_weights_composite<double>);
   using T = const at::Tensor&;
@@ -265,7 +268,13 @@ TORCH_LIBRARY_IMPL(wmha, CompositeImplicitAutograd, library) {
       std::optional<int64_t>>(library, "multi_head_attention");
 }
 
+} // namespace
+
+TORCH_LIBRARY_IMPL(wmha, CompositeImplicitAutograd, library) { implement_compositions(library); }
+
+// vmap: compositions of operators that have batching rules.
 TORCH_LIBRARY_IMPL(wmha, FuncTorchBatched, library) {
+  implement_compositions(library);
   implement_attention<attention_composite>(library, "attention");
   implement_attention<attention_with_lse_composite>(library, "attention_with_lse");
 }

@@ -18,7 +18,6 @@ import time
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,20 +25,21 @@ import demo_compare
 import demo_export
 import demo_text
 import wmha
-from demo_model import LanguageModel, bits_per_byte, generate
+from demo_model import LanguageModel, generate
+from demo_training import Trainer, bits_per_byte, is_bf16_faster
 
 QUICK = {  # what --quick makes the defaults: every part of the demo, each too short to impress
     "seconds": 10.0,
     "layers": 2,
     "dim": 64,
-    "length": 256,
+    "length": 128,
     "window": 64,
     "compare_seconds": 8.0,
     "compare_lengths": [256, 512, 1024],
     "validation": 2**14,
     "sample": 120,
 }
-VALIDATE_AT = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the training, for the learning curve
+VALIDATE_AT = (0.03, 0.1, 0.2, 0.4, 0.7)  # of the training, for the learning curve
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,18 +84,26 @@ def parse(arguments: list[str] | None = None) -> tuple[Parser, argparse.Namespac
     training = parser.add_argument_group("training")
     add(training, "--steps", None, at_least(1), "training steps (default: 1500, or as many as --seconds allows)")
     add(training, "--seconds", 130.0, between(0, math.inf), "time for training, in seconds; with --steps, no limit")
-    add(training, "--batch", 4, at_least(1), "sequences in a step")
-    add(training, "--length", 512, at_least(2), "bytes in a sequence")
+    add(training, "--batch", 8, at_least(1), "sequences in a step")
+    add(training, "--length", 256, at_least(2), "bytes in a sequence")
     add(training, "--lr", 3e-3, between(0, math.inf), "highest learning rate")
     add(training, "--text", None, pathlib.Path, "a file, or a folder of .py, .txt and .md files, to train on instead")
     add(training, "--validation", 2**17, at_least(1), "bytes of text held out for validation, at most")
     compare = parser.add_argument_group("comparison with scaled_dot_product_attention")
-    add(compare, "--compare-lengths", [512, 1024, 2048, 4096, 8192], at_least(1), "lengths, in bytes", nargs="+")
+    add(compare, "--compare-lengths", [512, 1024, 2048, 4096, 8192, 16384], at_least(1), "lengths, in bytes", nargs="+")
     add(compare, "--compare-seconds", 45.0, between(0, math.inf), "time for it, in seconds")
     general = parser.add_argument_group("general")
     add(general, "--sample", 400, at_least(0), "bytes of text that the trained model writes")
     add(general, "--seed", 0, at_least(0), "of everything random")
     add(general, "--device", "cpu", str, "where to train and measure, as PyTorch names it")
+    add(
+        general,
+        "--dtype",
+        "auto",
+        str,
+        "of matrix products in training; auto: bf16, by autocast, where it is faster",
+        choices=["auto", "fp32", "bf16"],
+    )
     add(general, "--threads", torch.get_num_threads(), at_least(1), "threads on the CPU")
     add(general, "--out", pathlib.Path("wmha-demo"), pathlib.Path, "folder for pictures, models and numbers")
     general.add_argument("--quick", action="store_true", help="every part, smaller, in about a minute")
@@ -127,11 +135,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Parser, argparse.Namespac
 def train(model: LanguageModel, text: Tensor, validation: Tensor, args: argparse.Namespace):
     """-> bits per byte of each training step, and [(steps, bits per byte of the validation text)]."""
     generator = torch.Generator().manual_seed(args.seed)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
+    trainer = Trainer(model, args.lr, args.dtype == "bf16")
     losses, points, spent = [], [(0, bits_per_byte(model, validation))], 0.0
     validate_at = list(VALIDATE_AT)
     model.train()
@@ -139,17 +143,8 @@ def train(model: LanguageModel, text: Tensor, validation: Tensor, args: argparse
         while len(losses) < args.steps and spent < args.seconds:
             start = time.perf_counter()
             progress = max(len(losses) / args.steps, spent / args.seconds)
-            rate = args.lr * min(1, 20 * progress + 0.01) * (0.5 + 0.5 * math.cos(math.pi * progress))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             first = torch.randint(len(text) - args.length, (args.batch, 1), generator=generator)
-            batch = text[first + torch.arange(args.length + 1)].to(args.device)
-            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item() / math.log(2))
+            losses.append(trainer.step(text[first + torch.arange(args.length + 1)].to(args.device), progress))
             if validate_at and progress >= validate_at[0]:
                 del validate_at[0]
                 points.append((len(losses), bits_per_byte(model, validation)))
@@ -166,8 +161,8 @@ def compare(args: argparse.Namespace) -> dict[str, list[demo_compare.Step]]:
     print(f"  same weights, without dropout: logits and gradients differ by {difference:.1g} of the largest")
     with tqdm(total=0, bar_format="  {desc}", leave=False, disable=None) as line:
         results = demo_compare.measure(
-            shape, args.dropout, args.compare_lengths, args.compare_seconds, args.device, args.threads,
-            line.set_description_str,
+            shape, args.dropout, args.compare_lengths, args.compare_seconds,
+            {"device": args.device, "threads": args.threads, "bf16": args.dtype == "bf16"}, line.set_description_str,
         )  # fmt: skip
     for name, steps in results.items():
         print(f"  {name}")
@@ -217,6 +212,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     stage = Stages()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
+    if args.dtype == "auto":
+        args.dtype = "bf16" if is_bf16_faster(args.device) else "fp32"
 
     try:
         text, validation = demo_text.load(args.text, args.validation)
@@ -228,7 +225,8 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     baselines = demo_text.baselines(text, validation)
     model = LanguageModel(**model_shape(args), dropout=args.dropout).to(args.device)
     validation = validation.to(args.device)
-    print(f"  {sum(p.numel() for p in model.parameters()):,} parameters, window {args.window}, {args.threads} threads")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"  {parameters:,} parameters, window {args.window}, {args.dtype}, {args.threads} threads")
     losses, points = train(model, text, validation, args)
     print(f"  bits per byte of {len(validation):,} bytes of files it has not seen")
     for name, value in {"before training": points[0][1], **baselines, "after training": points[-1][1]}.items():
@@ -247,7 +245,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     import demo_plots  # late: matplotlib takes a while, and the measuring processes import this file
 
     demo_plots.learning(args.out / "learning.png", losses, args.batch * args.length, points, baselines)
-    demo_plots.cost(args.out / "cost.png", results, args.window, f"{args.threads} threads, one sequence")
+    demo_plots.cost(args.out / "cost.png", results, args.window, f"{args.dtype}, {args.threads} threads, one sequence")
     demo_plots.attention(args.out / "attention.png", model, validation[: 2 * args.window].cpu(), args.window)
     generator = torch.Generator().manual_seed(args.seed)
     sample = generate(model, b"\0import ", args.sample, args.layers * args.window, generator)[1:]

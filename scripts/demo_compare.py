@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 
 from demo_model import LanguageModel, MaskedAttention, WindowAttention
+from demo_training import Trainer
 
 ATTENTIONS = {"wmha": WindowAttention, "SDPA with a mask": MaskedAttention}
 WARM_UP_LENGTH = 16
@@ -45,13 +45,13 @@ class Step:
 
 
 def measure(
-    shape: dict, dropout: float, lengths: list[int], seconds: float, device: str, threads: int, tell: Callable
+    shape: dict, dropout: float, lengths: list[int], seconds: float, where: dict, tell: Callable
 ) -> dict[str, list[Step]]:
     """The steps of each variant, by name, up to the lengths that memory and patience allow."""
     variants = [Variant(attention, p) for p in dict.fromkeys((dropout, 0.0)) for attention in ATTENTIONS]
     results: dict[str, list[Step]] = {variant.name: [] for variant in variants}
     with contextlib.ExitStack() as stack:
-        workers = {v.name: stack.enter_context(worker(v, shape, device, threads)) for v in variants}
+        workers = {v.name: stack.enter_context(worker(v, shape, where)) for v in variants}
         for connection in workers.values():
             ask(connection, WARM_UP_LENGTH)  # answered when the process has begun
         start = time.perf_counter()
@@ -61,7 +61,7 @@ def measure(
             if not running:
                 break
             for round_ in range(ROUNDS):
-                if round_ > 1 and time.perf_counter() > deadline:
+                if round_ > 0 and time.perf_counter() > deadline:
                     break
                 for name in list(running):
                     tell(f"{length} bytes, {name}")
@@ -96,11 +96,12 @@ def free_mebibytes() -> float:
 
 
 @contextlib.contextmanager
-def worker(variant: Variant, shape: dict, device: str, threads: int) -> Iterator:
+def worker(variant: Variant, shape: dict, where: dict) -> Iterator:
     """A connection that takes a length and answers (seconds, mebibytes) of a training step."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo"])  # seconds for each worker otherwise
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, variant, shape, device, threads), daemon=True)
+    process = context.Process(target=serve, args=(there, variant, shape), kwargs=where, daemon=True)
     process.start()
     there.close()
     try:
@@ -118,29 +119,21 @@ def ask(connection, length: int) -> tuple[float, float] | None:
         return connection.recv()
 
 
-def serve(connection, variant: Variant, shape: dict, device: str, threads: int) -> None:
+def serve(connection, variant: Variant, shape: dict, device: str, threads: int, bf16: bool) -> None:
     """The worker's side: trains on random bytes until nobody asks any more."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = LanguageModel(**shape, dropout=variant.dropout, attention=ATTENTIONS[variant.attention]).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    train_step(model, optimizer, torch.randint(256, (1, WARM_UP_LENGTH + 1), device=device))
+    trainer = Trainer(model, bf16=bf16)
+    trainer.step(torch.randint(256, (1, WARM_UP_LENGTH + 1), device=device), 0.5)
     before = memory(device)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             tokens = torch.randint(256, (1, connection.recv() + 1), device=device)
             start = time.perf_counter()
-            train_step(model, optimizer, tokens)
+            trainer.step(tokens, 0.5)  # waits for the device, to return the loss
             seconds = time.perf_counter() - start
             connection.send((seconds, peak_memory(device) - before))
-
-
-def train_step(model, optimizer, tokens: torch.Tensor) -> None:
-    optimizer.zero_grad(set_to_none=False)
-    F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    optimizer.step()
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
 
 
 def memory(device: str) -> float:

@@ -1,13 +1,14 @@
 """The demo's language model: bytes in, logits of the next byte out. Every byte sees a window of the bytes before it."""
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import wmha  # noqa: F401  (registers torch.ops.wmha)
+import wmha
+
+SLOTS = 8191  # of the tables for pairs and triples, which share them by the remainder; prime, to spread them
 
 
 class WindowAttention(nn.Module):
@@ -27,15 +28,9 @@ class WindowAttention(nn.Module):
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return torch.ops.wmha.attention(
-            query,
-            key,
-            value,
-            window_left=self.window,
-            window_right=0,
-            temperature=self.log_temperature.exp(),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        temperature = self.log_temperature.exp()
+        return wmha.attention(query, key, value, window=(self.window, 0), temperature=temperature, dropout_p=dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         query, key, value = self.project(x, cos, sin)
@@ -67,14 +62,20 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
+    """A byte enters as the sum of three vectors: for itself, for its pair and for its triple with the bytes before."""
+
     def __init__(self, layers: int, dim: int, heads: int, window: int, dropout: float, attention=WindowAttention):
         super().__init__()
+        self.slots = SLOTS
         self.embedding = nn.Embedding(256, dim)
+        self.pairs = nn.Embedding(SLOTS, dim)
+        self.triples = nn.Embedding(SLOTS, dim)
         self.blocks = nn.ModuleList(Block(attention(dim, heads, window, dropout), dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, bias=False)
-        pairs = dim // heads // 2
-        self.register_buffer("frequencies", 1000.0 ** (-torch.arange(pairs) / pairs))
-        nn.init.normal_(self.embedding.weight, std=0.05)
+        turns = dim // heads // 2
+        self.register_buffer("frequencies", 1000.0 ** (-torch.arange(turns) / turns))
+        for table in (self.embedding, self.pairs, self.triples):
+            nn.init.normal_(table.weight, std=0.03)
         for block in self.blocks:
             nn.init.normal_(block.attention.qkv.weight, std=dim**-0.5)
             nn.init.normal_(block.up.weight, std=dim**-0.5)
@@ -85,7 +86,9 @@ class LanguageModel(nn.Module):
         """tokens (B, N), int64 -> logits of each next byte (B, N, 256)."""
         angles = torch.arange(tokens.size(1), device=tokens.device)[:, None, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
-        x = self.embedding(tokens)
+        pairs = tokens + 256 * F.pad(tokens, (1, 0))[:, :-1]
+        triples = pairs + 65536 * F.pad(tokens, (2, 0))[:, :-2]
+        x = self.embedding(tokens) + self.pairs(pairs % self.slots) + self.triples(triples % self.slots)
         for block in self.blocks:
             x = block(x, cos, sin)
         return F.linear(self.norm(x), self.embedding.weight)
@@ -102,21 +105,6 @@ def window_mask(length: int, window: int, device: torch.device) -> Tensor:
     position = torch.arange(length, device=device)
     back = position[:, None] - position
     return (back >= 0) & (back <= window)
-
-
-def bits_per_byte(model: nn.Module, text: Tensor) -> float:
-    """What the model needs to encode `text` (N,), each byte from those before it; a 0 byte stands in front."""
-    training, length = model.training, 4096
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        inputs = F.pad(text, (1, -1))
-        for first in range(0, len(text), length):
-            part = slice(first, first + length)
-            logits = model(inputs[None, part])[0]
-            total += F.cross_entropy(logits, text[part], reduction="sum").item()
-    model.train(training)
-    return total / math.log(2) / len(text)
 
 
 @torch.no_grad()

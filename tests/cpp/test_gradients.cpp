@@ -112,6 +112,41 @@ TEST_F(Gradients, AreTheSameByTheFusedKernelsAndByTheComposedForm) {
   }
 }
 
+TEST_F(Gradients, AreTheSameByBothWhereTheComposedFormTakesSeveralChunks) {
+  const auto options = AttentionOptions().window(40, 3).dropout(0.2).temperature(random({2}, 4).abs() + 0.5);
+  Tensors inputs = {
+      random({1, 2, 700, 3}, 30), random({1, 1, 600, 3}, 31), random({1, 1, 600, 2}, 32), *options.temperature_tensor_};
+  for (Tensor& input : inputs) input.requires_grad_();
+  const Function attention = attention_of(options);
+  const Tensors fused = gradients(attention(inputs), inputs);
+  const Tensors composed = gradients(attention(inputs), inputs, /*create_graph=*/true);
+  for (size_t i = 0; i < inputs.size(); ++i) EXPECT_LT(difference(fused[i], composed[i]), 1e-11) << "input " << i;
+}
+
+TEST_F(Gradients, OfEmptyTensorsAreEmptyOrZero) {
+  struct Sizes {
+    int64_t batch, heads, kv_heads, queries, keys;
+  };
+  for (const Sizes& n : {Sizes{0, 4, 2, 5, 6}, {2, 0, 0, 5, 6}, {2, 4, 2, 0, 6}, {2, 4, 2, 5, 0}}) {
+    for (const bool create_graph : {false, true}) {
+      SCOPED_TRACE(testing::Message() << n.batch << n.heads << n.kv_heads << n.queries << n.keys << create_graph);
+      Tensors inputs = {
+          random({n.batch, n.heads, n.queries, 3}), random({n.batch, n.kv_heads, n.keys, 3}),
+          random({n.batch, n.kv_heads, n.keys, 2}), random({1}).abs() + 0.5};
+      for (Tensor& input : inputs) input.requires_grad_();
+      const auto options = AttentionOptions().window(3, 0).dropout(0.2).temperature(inputs[3]);
+      const Tensors results = gradients(attention_of(options)(inputs), inputs, create_graph);
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        EXPECT_EQ(results[i].sizes(), inputs[i].sizes());
+        EXPECT_TRUE(results[i].eq(0).all().item<bool>()) << "input " << i;
+      }
+      EXPECT_EQ(
+          wmha::attention_weights(inputs[0], inputs[1], AttentionOptions().temperature(inputs[3])).sizes(),
+          (at::IntArrayRef{n.batch, n.heads, n.queries, n.keys}));
+    }
+  }
+}
+
 TEST_F(Gradients, OfOneOutputAlone) {
   const auto options = AttentionOptions().window(3, 1).temperature(random({4}, 4).abs() + 0.5);
   for (const size_t which : {0, 1}) {

@@ -38,7 +38,8 @@ library_path: str = _load()
 cmake_prefix_path: str = str(_Path(__file__).parent / "share" / "cmake")
 """For CMAKE_PREFIX_PATH, so that ``find_package(wmha)`` finds the C++ library."""
 
-from .functional import (  # noqa: E402  (the operators must be loaded first)
+from . import _vmap as _vmap  # noqa: E402  (the operators must be loaded first)
+from .functional import (  # noqa: E402
     attention,
     attention_weights,
     attention_with_lse,
