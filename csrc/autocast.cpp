@@ -1,14 +1,26 @@
 // Autocast: one boxed kernel for all operators.
+#include "autocast.h"
+
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include <utility>
+
 namespace wmha {
 namespace {
+
+thread_local bool inside = false;
+
+struct Inside {
+  const bool before = std::exchange(inside, true);
+  ~Inside() { inside = before; }
+};
 
 /// Casts every floating tensor but the temperature (and fp64 tensors) to the autocast dtype and calls the operator.
 template <c10::DispatchKey key, c10::DeviceType device>
 void autocast(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet{key}};
+  const Inside inside_autocast;
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   const auto& arguments = op.schema().arguments();
   const size_t first = stack->size() - arguments.size();
@@ -31,6 +43,8 @@ void implement_autocast(torch::Library& library) {
 }
 
 } // namespace
+
+bool is_inside_autocast(c10::DeviceType device) { return inside || at::autocast::is_autocast_enabled(device); }
 
 TORCH_LIBRARY_IMPL(wmha, AutocastCPU, library) {
   implement_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>(library);

@@ -30,8 +30,13 @@ void check_size(
   TORCH_CHECK(size == expected, "wmha: ", name, " must have the ", axis, " of ", as, ", ", expected, ", got ", size);
 }
 
+void check_layout(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.layout() == at::kStrided, "wmha: ", name, " must have the strided layout, got ", tensor.layout());
+}
+
 /// Same dtype and device as query.
 void check_like_query(const char* name, const at::Tensor& tensor, const at::Tensor& query) {
+  check_layout(name, tensor);
   TORCH_CHECK(
       tensor.scalar_type() == query.scalar_type(), "wmha: ", name, " must have the dtype of query, ",
       query.scalar_type(), ", got ", tensor.scalar_type());
@@ -46,6 +51,7 @@ void check_shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef
 }
 
 void check_query(const at::Tensor& query) {
+  check_layout("query", query);
   TORCH_CHECK(
       is_supported(query.scalar_type()), "wmha: query must be of dtype Double, Float, BFloat16 or Half, got ",
       query.scalar_type());
@@ -76,6 +82,16 @@ void check_temperature(const at::Tensor& query, const c10::SymInt& heads, const 
       ", got ", temperature.device());
 }
 
+void check_dropout_p(double dropout_p) {
+  TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "wmha: dropout_p must be between 0 and 1, got ", dropout_p);
+}
+
+void check_rng_state(const at::Tensor& rng_state) {
+  check_shape("rng_state", rng_state, {2});
+  TORCH_CHECK(
+      rng_state.scalar_type() == at::kLong, "wmha: rng_state must be of dtype Long, got ", rng_state.scalar_type());
+}
+
 void check_options(const at::Tensor& query, const c10::SymInt& heads, const AttentionOptions& options) {
   check_window("window_left", options.window_left_);
   check_window("window_right", options.window_right_);
@@ -86,9 +102,7 @@ void check_options(const at::Tensor& query, const c10::SymInt& heads, const Atte
   TORCH_CHECK(
       std::isfinite(options.softcap_) && options.softcap_ >= 0,
       "wmha: softcap must be 0 (off) or positive, and finite, got ", options.softcap_);
-  TORCH_CHECK(
-      options.dropout_p_ >= 0 && options.dropout_p_ <= 1, "wmha: dropout_p must be between 0 and 1, got ",
-      options.dropout_p_);
+  check_dropout_p(options.dropout_p_);
 }
 
 } // namespace
@@ -97,9 +111,9 @@ AttentionShape check_attention_weights(
     const at::Tensor& query,
     const at::Tensor& key,
     const AttentionOptions& options) {
+  check_query(query);
   check_dim("query", query, 4, "(batch, heads, queries, key_dim)");
   check_dim("key", key, 4, "(batch, kv_heads, keys, key_dim)");
-  check_query(query);
   check_like_query("key", key, query);
   check_size("key", "batch size", key.sym_size(0), query.sym_size(0), "query");
   check_size("key", "last dimension", key.sym_size(3), query.sym_size(3), "query");
@@ -218,9 +232,12 @@ void check_backward(
   check_like_query("output", output, query);
   check_logsumexp("logsumexp", logsumexp);
   if (grad_logsumexp.has_value()) check_logsumexp("grad_logsumexp", *grad_logsumexp);
-  check_shape("rng_state", rng_state, {2});
-  TORCH_CHECK(
-      rng_state.scalar_type() == at::kLong, "wmha: rng_state must be of dtype Long, got ", rng_state.scalar_type());
+  check_rng_state(rng_state);
+}
+
+void check_dropout_mask(const at::Tensor& rng_state, double dropout_p) {
+  check_rng_state(rng_state);
+  check_dropout_p(dropout_p);
 }
 
 at::ScalarType acc_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }

@@ -16,6 +16,9 @@ struct AttentionShape {
   c10::SymInt value_dim;
   c10::SymInt query_offset;
   double scale;
+
+  /// Query heads that share a key head.
+  c10::SymInt group() const { return kv_heads > 0 ? heads / kv_heads : c10::SymInt(0); }
 };
 
 /// Raises c10::Error for arguments that the contract of attention doesn't allow.
@@ -46,6 +49,9 @@ void check_backward(
     const at::Tensor& output,
     const at::Tensor& logsumexp,
     const at::Tensor& rng_state);
+
+/// The same for the operator that returns the dropout mask.
+void check_dropout_mask(const at::Tensor& rng_state, double dropout_p);
 
 /// fp64 for fp64, fp32 for all others: the type of arithmetic, logsumexp and temperature.
 at::ScalarType acc_dtype(at::ScalarType dtype);

@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "autocast.h"
 #include "check.h"
 #include "ops.h"
 #include "philox.h"
@@ -15,6 +16,12 @@ namespace wmha {
 namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
+
+/// The dtype of the arithmetic: acc_dtype, or fp64 under autocast, which leaves that alone but would cast the matrix
+/// products of anything else down, forward and backward.
+at::ScalarType composite_dtype(const at::Tensor& query) {
+  return is_inside_autocast(query.device().type()) ? at::kDouble : acc_dtype(query.scalar_type());
+}
 
 /// Half-open, possibly symbolic.
 struct SymRange {
@@ -90,8 +97,7 @@ class BandedWindow {
 
 /// (B, Hq, N, D) -> (B, Hkv, Hq / Hkv, N, D), and back.
 at::Tensor group_heads(const at::Tensor& tensor, const AttentionShape& shape) {
-  const c10::SymInt group = shape.kv_heads > 0 ? shape.heads / shape.kv_heads : c10::SymInt(0);
-  return tensor.unflatten_symint(1, {shape.kv_heads, group});
+  return tensor.unflatten_symint(1, {shape.kv_heads, shape.group()});
 }
 
 /// z of the visible pairs, -inf for all others: (B, Hkv, group, queries, keys). q is grouped, k (B, Hkv, keys, Dk).
@@ -105,8 +111,7 @@ at::Tensor scores(
   if (options.softcap_ > 0) z = (z / options.softcap_).tanh() * options.softcap_;
   if (options.temperature_tensor_.has_value()) {
     const at::Tensor temperature = options.temperature_tensor_->to(z.scalar_type());
-    z = z /
-        temperature.expand_symint({shape.heads}).reshape_symint({shape.kv_heads, shape.heads / shape.kv_heads, 1, 1});
+    z = z / temperature.expand_symint({shape.heads}).reshape_symint({shape.kv_heads, shape.group(), 1, 1});
   } else {
     z = z / options.temperature_;
   }
@@ -182,7 +187,7 @@ at::Tensor attention_weights_composite(
   options.scale_ = scale;
   options.query_offset_ = query_offset;
   const AttentionShape shape = check_attention_weights(query, key, options);
-  const at::ScalarType acc = acc_dtype(query.scalar_type());
+  const at::ScalarType acc = composite_dtype(query);
   const at::Tensor visible = BandedWindow(shape, options).visible({0, shape.queries}, {0, shape.keys}, query.options());
   const at::Tensor q = group_heads(without_unseen(query.to(acc), visible.any(1)), shape);
   const at::Tensor k = without_unseen(key.to(acc), visible.any(0));
@@ -231,8 +236,12 @@ std::tuple<at::Tensor, at::Tensor> composite_attention(
   const double dropout_p = options.dropout_p_;
   if (dropout_p > 0 && !rng_state.has_value()) rng_state = draw_rng_state(query, options);
   const double inverse_keep = Dropout::with_probability(dropout_p).inverse_keep;
-  const at::ScalarType acc = acc_dtype(query.scalar_type());
+  const at::ScalarType acc = composite_dtype(query);
   const BandedWindow window(shape, options);
+  // Before the slices, so that gradients of keys that several chunks see are summed in acc.
+  const at::Tensor query_acc = query.to(acc);
+  const at::Tensor key_acc = key.to(acc);
+  const at::Tensor value_acc = value.to(acc);
 
   std::vector<at::Tensor> outputs;
   std::vector<at::Tensor> logsumexps;
@@ -241,9 +250,9 @@ std::tuple<at::Tensor, at::Tensor> composite_attention(
     const at::Tensor visible = window.visible(queries, keys, query.options());
     const at::Tensor seen = visible.any(0);
     const at::Tensor q =
-        group_heads(without_unseen(query.slice_symint(2, queries.begin, queries.end).to(acc), visible.any(1)), shape);
-    const at::Tensor k = without_unseen(key.slice_symint(2, keys.begin, keys.end).to(acc), seen);
-    const at::Tensor v = without_unseen(value.slice_symint(2, keys.begin, keys.end).to(acc), seen);
+        group_heads(without_unseen(query_acc.slice_symint(2, queries.begin, queries.end), visible.any(1)), shape);
+    const at::Tensor k = without_unseen(key_acc.slice_symint(2, keys.begin, keys.end), seen);
+    const at::Tensor v = without_unseen(value_acc.slice_symint(2, keys.begin, keys.end), seen);
     auto [weights, logsumexp] = softmax(scores(q, k, visible, shape, options), visible);
     if (dropout_p > 0) {
       weights = weights * (dropout_mask(*rng_state, shape, queries, keys, dropout_p).to(acc) * inverse_keep);
@@ -252,7 +261,8 @@ std::tuple<at::Tensor, at::Tensor> composite_attention(
     logsumexps.push_back(logsumexp);
   }
   const at::Tensor output = at::cat(outputs, 3).flatten(1, 2).to(query.scalar_type());
-  return {laid_out_like(query, output), at::cat(logsumexps, 3).flatten(1, 2)};
+  const at::Tensor logsumexp = at::cat(logsumexps, 3).flatten(1, 2).to(acc_dtype(query.scalar_type()));
+  return {laid_out_like(query, output), logsumexp};
 }
 
 namespace {

@@ -58,9 +58,10 @@ at::Tensor dropout_mask_meta(
     c10::SymInt heads,
     c10::SymInt queries,
     c10::SymInt keys,
-    double /*dropout_p*/,
+    double dropout_p,
     c10::SymInt /*first_query*/,
     c10::SymInt /*first_key*/) {
+  check_dropout_mask(rng_state, dropout_p);
   return at::empty_symint({batch, heads, queries, keys}, rng_state.options().dtype(at::kBool));
 }
 

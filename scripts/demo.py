@@ -6,11 +6,17 @@ a training step costs there; and the trained model leaves Python as TorchScript 
 C++ program loads and agrees with.
 """
 
+# ruff: noqa: E402  (imports below the environment)
+import os
+
+# Read when OpenMP is loaded, with torch. Threads that wait would otherwise spin, and where other programs run as well,
+# as on a shared or virtual machine, a step could take a hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import argparse
 import contextlib
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -39,6 +45,7 @@ QUICK = {  # what --quick makes the defaults: every part of the demo, each too s
     "validation": 2**14,
     "sample": 120,
 }
+SHORTEST = 64  # bytes of text with which anything can be shown
 VALIDATE_AT = (0.03, 0.1, 0.2, 0.4, 0.7)  # of the training, for the learning curve
 
 
@@ -82,8 +89,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Parser, argparse.Namespac
     add(model, "--window", 128, at_least(1), "how many bytes before its own a byte sees")
     add(model, "--dropout", 0.1, between(0, 1), "probability with which an attention weight is dropped in training")
     training = parser.add_argument_group("training")
-    add(training, "--steps", None, at_least(1), "training steps (default: 1500, or as many as --seconds allows)")
-    add(training, "--seconds", 130.0, between(0, math.inf), "time for training, in seconds; with --steps, no limit")
+    add(training, "--steps", None, at_least(1), "training steps (default: 2000, or as many as --seconds allows)")
+    add(training, "--seconds", 130.0, between(0.1, math.inf), "time for training, in seconds; with --steps, no limit")
     add(training, "--batch", 8, at_least(1), "sequences in a step")
     add(training, "--length", 256, at_least(2), "bytes in a sequence")
     add(training, "--lr", 3e-3, between(0, math.inf), "highest learning rate")
@@ -113,17 +120,17 @@ def parse(arguments: list[str] | None = None) -> tuple[Parser, argparse.Namespac
     args = parser.parse_args(arguments)
     if args.steps is not None and args.seconds == parser.get_default("seconds"):
         args.seconds = math.inf
-    args.steps = args.steps or 1500
+    args.steps = args.steps or 2000
     args.compare_lengths = sorted(set(args.compare_lengths))
     if args.dim % (2 * args.heads) != 0:
         parser.error(f"--dim {args.dim} is not a multiple of twice --heads {args.heads}")
     if missing := demo_export.missing_tools():
         parser.error(f"{' and '.join(missing)} not found: needed for the AOTInductor package and the C++ program")
     try:
-        tokens = torch.zeros(1, 1, 2, 8, device=args.device)
-        wmha.attention(tokens, tokens, tokens, window=(1, 0))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+        probe = torch.zeros(1, 1, 2, 8, device=torch.device(args.device))
+        wmha.attention(probe, probe, probe, window=(1, 0)).sum().item()
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} doesn't work here: {str(error).splitlines()[0]}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "numbers.json").write_text("{}")
@@ -219,8 +226,11 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         text, validation = demo_text.load(args.text, args.validation)
     except OSError as error:
         parser.error(f"--text {args.text}: {error.strerror}")
-    if len(text) <= args.length or len(validation) == 0:
-        parser.error(f"--length {args.length} is too long for {len(text)} bytes of text to train on")
+    if len(text) <= args.length or len(validation) < SHORTEST:
+        found = f"{len(text):,} bytes to train on and {len(validation):,} to validate on"
+        parser.error(
+            f"too little text for --length {args.length}: {found}; wanted are more than --length, and {SHORTEST}"
+        )
     stage(f"Training on {len(text):,} bytes, {'of the standard library' if args.text is None else args.text}")
     baselines = demo_text.baselines(text, validation)
     model = LanguageModel(**model_shape(args), dropout=args.dropout).to(args.device)
@@ -248,7 +258,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     demo_plots.cost(args.out / "cost.png", results, args.window, f"{args.dtype}, {args.threads} threads, one sequence")
     demo_plots.attention(args.out / "attention.png", model, validation[: 2 * args.window].cpu(), args.window)
     generator = torch.Generator().manual_seed(args.seed)
-    sample = generate(model, b"\0import ", args.sample, args.layers * args.window, generator)[1:]
+    sample = generate(model, b"\0class ", args.sample, args.layers * args.window, generator)[1:]
     sample = sample.decode(errors="replace")
     (args.out / "sample.txt").write_text(sample)
     print("  | " + sample.replace("\n", "\n  | "))

@@ -20,7 +20,7 @@ ATTENTIONS = {"wmha": WindowAttention, "SDPA with a mask": MaskedAttention}
 WARM_UP_LENGTH = 16
 MEMORY_SHARE = 0.5  # of what is free: a step expected to need more is left out
 PATIENCE = 0.25  # of the whole time: a step expected to take longer is left out
-ROUNDS = 5
+ROUNDS = 10
 
 
 @dataclasses.dataclass

@@ -115,5 +115,5 @@ def generate(model: nn.Module, prompt: bytes, count: int, context: int, generato
     device = next(model.parameters()).device
     for _ in range(count):
         logits = model(torch.tensor([text[-context:]], device=device))[0, -1].cpu()
-        text.append(int(torch.multinomial(torch.softmax(logits / 0.7, dim=-1), 1, generator=generator)))
+        text.append(int(torch.multinomial(torch.softmax(logits / 0.8, dim=-1), 1, generator=generator)))
     return bytes(text)

@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,14 +51,14 @@ def learning(
                       va="center", color=color)  # fmt: skip
     axes.set(xlim=(0, len(losses) * megabytes), ylim=(0, 8.2))
     axes.set(xlabel="bytes read in training, in millions", ylabel="bits per byte (less is better)")
-    axes.set_title("Learning to predict the next byte of Python source")
+    axes.set_title("Learning to predict the next byte of a text")
     axes.legend(loc="upper right", frameon=False)
     finish(figure, file)
 
 
 def cost(file: pathlib.Path, results: dict[str, list[Step]], window: int, subtitle: str) -> None:
     """Time and memory of a training step over the length of the sequence."""
-    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 4.5))
+    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 4.8))
     for name, steps in results.items():
         style = {
             "color": BLUE if name.startswith("wmha") else VERMILION,
@@ -74,11 +75,12 @@ def cost(file: pathlib.Path, results: dict[str, list[Step]], window: int, subtit
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel("sequence length, in bytes")
     time_axes.set_title("Time of a training step, in ms")
     memory_axes.set_title("Its peak memory, in MiB")
-    time_axes.legend(frameon=False)
+    figure.legend(*time_axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(results), frameon=False)
     figure.suptitle(f"The same model on two attentions, window {window}; {subtitle}", x=0.01, ha="left", fontsize=10)
     finish(figure, file)
 
@@ -103,18 +105,19 @@ def attention_of(model: LanguageModel, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention(file: pathlib.Path, model: LanguageModel, text: Tensor, window: int) -> None:
-    """Four heads, from the one that looks nearest to the one that looks farthest: their weights over the whole text,
-    and below what one byte sees of the text before it."""
+    """Four of the most focused heads, those that look nearest first: their weights over the whole text, and below what
+    one byte sees of the text before it."""
     weights, temperatures = attention_of(model, text)
     position = torch.arange(len(text))
     distance = (weights * (position[:, None] - position)).sum(-1).mean(-1)  # (layers, H)
-    order = distance.flatten().argsort().tolist()
-    chosen = [order[round(i * (len(order) - 1) / 3)] for i in range(min(4, len(order)))]
+    focused = weights.amax(-1).mean(-1).flatten().argsort(descending=True)[: max(4, distance.numel() // 2)]
+    order = focused[distance.flatten()[focused].argsort()].tolist()
+    chosen = [order[round(i * (len(order) - 1) / 3)] for i in range(4)] if len(order) > 4 else order
     figure, rows = plt.subplots(2, len(chosen), figsize=(3.2 * len(chosen), 6.4), height_ratios=(3, 2), squeeze=False)
     for column, index in enumerate(chosen):
         layer, head = divmod(index, weights.size(1))
         image, strip = rows[:, column]
-        image.imshow(weights[layer, head].sqrt(), cmap="cividis", interpolation="antialiased", vmin=0, vmax=1)
+        image.imshow(weights[layer, head].sqrt(), cmap="cividis", vmin=0, vmax=0.8)  # the root lifts the many small
         image.grid(visible=False)
         image.set_title(
             f"layer {layer + 1}, head {head + 1}, temperature {temperatures[layer, head]:.2f}\n"
@@ -125,7 +128,12 @@ def attention(file: pathlib.Path, model: LanguageModel, text: Tensor, window: in
         image.set_ylabel("byte" if column == 0 else "")
         draw_text(strip, text, weights[layer, head, -1], window)
     rows[1, 0].set_title("What the framed byte sees (darker: more)", fontsize=9)
-    figure.suptitle(f"Attention of four heads, window {window}", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(
+        f"Attention of {len(chosen)} heads, window {window}: the brighter, the more a byte sees of another",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
     finish(figure, file)
 
 

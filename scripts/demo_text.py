@@ -1,9 +1,11 @@
 """The demo's text, real and on every machine: the source files of Python's own standard library."""
 
 import collections
+import errno
 import gzip
 import lzma
 import math
+import os
 import pathlib
 import sysconfig
 
@@ -21,6 +23,8 @@ def load(source: pathlib.Path | None, most: int) -> tuple[Tensor, Tensor]:
         text = source.read_bytes()
         split = len(text) - min(most, len(text) // 10)
         return to_tensor(text[:split]), to_tensor(text[split:])
+    if source is not None and not source.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
     files = library_files() if source is None else folder_files(source)
     # A 0 byte, which no source file holds, stands between files.
     training = b"\0".join(file.read_bytes() for i, file in enumerate(files) if i % HELD_OUT != HELD_OUT // 2)

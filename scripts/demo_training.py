@@ -45,7 +45,7 @@ def is_bf16_faster(device: str) -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(512, 512, dtype=dtype, device=device)
         times = []
-        for _ in range(10):
+        for _ in range(30):
             start = time.perf_counter()
             (matrix @ matrix)[0, 0].item()
             times.append(time.perf_counter() - start)

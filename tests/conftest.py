@@ -25,6 +25,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="about the CPU alone"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """torch.compile logs its whole trace, which would bury a failure."""
+    report.sections = [section for section in report.sections if "log" not in section[0]]
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     return f"torch {torch.__version__}, device {config.getoption('--device')}, CPU capability {capability}"

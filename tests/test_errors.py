@@ -206,14 +206,18 @@ def test_mixed_devices(device):
 
 
 @pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "mkldnn"])
-@pytest.mark.parametrize("function", ["attention", "attention_with_lse", "attention_weights"])
+@pytest.mark.parametrize("function", ["attention", "attention_with_lse", "attention_weights", "multi_head_attention"])
 def test_other_layouts(function, layout):
-    """PyTorch's own message, where no kernel is registered."""
-    strided = torch.randn(2, 2, 4, 8)
+    """PyTorch's own message where no kernel is registered, else ours; never one from the depths of a composition."""
+    strided = torch.ones((2, 4, 4) if function == "multi_head_attention" else (2, 2, 4, 4))
     other = {"sparse_coo": strided.to_sparse, "sparse_csr": strided.to_sparse_csr, "mkldnn": strided.to_mkldnn}[layout]()
     tensors = (other, strided, strided)[: 2 if function == "attention_weights" else 3]
-    with pytest.raises(RuntimeError, match=r"Could not run '\w+::\w+' with arguments from the '\w+CPU' backend|layout"):
-        getattr(torch.ops.wmha, function)(*tensors)
+    options = {}
+    if function == "multi_head_attention":
+        tensors += (*(torch.eye(4),) * 3, None, None, None, torch.eye(4), None)
+        options["num_heads"] = 2
+    with pytest.raises(RuntimeError, match=r"Could not run 'wmha::\w+'|wmha: query .*(strided|layout).*got"):
+        getattr(torch.ops.wmha, function)(*tensors, **options)
 
 
 def test_options_are_keyword_only(device):

@@ -185,7 +185,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
   run_tasks(params.batch * params.kv_heads, [&](int64_t begin, int64_t end) {
     kernels().merge(params, schedule, workspace.const_data_ptr(), begin, end);
   });
-  if (params.grad_temperature != nullptr) {
+  if (options.temperature_tensor_.has_value()) {
     sum_temperature_shares(shares, params.heads, schedule.chunks, grad_temperature);
   }
   return {grad_query, grad_key, grad_value, grad_temperature};
@@ -200,10 +200,11 @@ at::Tensor dropout_mask_cpu(
     double dropout_p,
     int64_t first_query,
     int64_t first_key) {
+  check_dropout_mask(rng_state, dropout_p);
   const at::Tensor mask = at::empty({batch, heads, queries, keys}, rng_state.options().dtype(at::kBool));
   const Dropout dropout = Dropout::with_probability(dropout_p);
-  const auto seed = static_cast<uint64_t>(rng_state.const_data_ptr<int64_t>()[0]);
-  const int64_t offset = rng_state.const_data_ptr<int64_t>()[1];
+  const auto seed = static_cast<uint64_t>(rng_state[0].item<int64_t>());
+  const auto offset = rng_state[1].item<int64_t>();
   bool* rows = mask.mutable_data_ptr<bool>();
   run_tasks(batch * heads * queries, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

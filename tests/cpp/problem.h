@@ -74,6 +74,7 @@ class Tensor {
   wmha::TensorView<Pointer> view() {
     return {bytes_.get() + lead_ * size_, batch_stride_, head_stride_, position_stride_};
   }
+  size_t element_size() const { return size_; }
   void* data() { return bytes_.get() + lead_ * size_; }
 
   double get(int64_t b, int64_t h, int64_t n, int64_t d) const {

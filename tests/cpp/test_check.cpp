@@ -261,7 +261,7 @@ TEST_P(Check, NamesTheArgumentOfMultiHeadAttention) {
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    On,
+    ,
     Check,
     testing::Combine(testing::Values(c10::DeviceType::CPU, c10::DeviceType::Meta), testing::Bool()),
     [](const auto& info) {

@@ -217,6 +217,6 @@ TEST_P(Kernels, DropTheSameWeightsForwardAndBackward) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Every, Kernels, every_kernel(), kernel_name);
+INSTANTIATE_TEST_SUITE_P(, Kernels, every_kernel(), kernel_name);
 
 } // namespace

@@ -71,7 +71,7 @@ TEST_P(Threads, GiveTheSameBitsAsOne) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Every, Threads, testing::ValuesIn(instruction_sets()), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(, Threads, testing::ValuesIn(instruction_sets()), [](const auto& info) {
   return std::string(info.param.name);
 });
 
