@@ -51,8 +51,14 @@ WRONG = [
     Wrong("key_dim", r"key .*last dimension.*8.*got 7", replace(key=ones(2, 2, 6, 7))),
     Wrong("value_positions", r"value .*6.*got 7", replace(value=ones(2, 2, 7, 8)), False),
     Wrong("value_heads", r"value .*heads.*2.*got 4", replace(value=ones(2, 4, 6, 8)), False),
-    Wrong("heads_not_divided", r"the heads of key .*divide.*4.*got 3", replace(key=ones(2, 3, 6, 8), value=ones(2, 3, 6, 8))),
-    Wrong("more_kv_heads", r"the heads of key .*divide.*4.*got 8", replace(key=ones(2, 8, 6, 8), value=ones(2, 8, 6, 8))),
+    Wrong(
+        "heads_not_divided",
+        r"the heads of key .*divide.*4.*got 3",
+        replace(key=ones(2, 3, 6, 8), value=ones(2, 3, 6, 8)),
+    ),
+    Wrong(
+        "more_kv_heads", r"the heads of key .*divide.*4.*got 8", replace(key=ones(2, 8, 6, 8), value=ones(2, 8, 6, 8))
+    ),
     Wrong("no_kv_heads", r"the heads of key .*divide.*4.*got 0", replace(key=ones(2, 0, 6, 8), value=ones(2, 0, 6, 8))),
     Wrong("no_key_dim", r"query .*at least 1.*got 0", replace(query=ones(2, 4, 5, 0), key=ones(2, 2, 6, 0))),
     Wrong("no_value_dim", r"value .*at least 1.*got 0", replace(value=ones(2, 2, 6, 0)), False),
@@ -210,7 +216,9 @@ def test_mixed_devices(device):
 def test_other_layouts(function, layout):
     """PyTorch's own message where no kernel is registered, else ours; never one from the depths of a composition."""
     strided = torch.ones((2, 4, 4) if function == "multi_head_attention" else (2, 2, 4, 4))
-    other = {"sparse_coo": strided.to_sparse, "sparse_csr": strided.to_sparse_csr, "mkldnn": strided.to_mkldnn}[layout]()
+    other = {"sparse_coo": strided.to_sparse, "sparse_csr": strided.to_sparse_csr, "mkldnn": strided.to_mkldnn}[
+        layout
+    ]()
     tensors = (other, strided, strided)[: 2 if function == "attention_weights" else 3]
     options = {}
     if function == "multi_head_attention":

@@ -146,7 +146,9 @@ def test_vmap_outside_of_autograd(leaves):
     apart = torch.stack([attend(one, key, value, temperature) for one in stack(query)])
     assert_close(together, apart)
     for one, other in zip(
-        torch.autograd.grad(together.square().sum(), leaves), torch.autograd.grad(apart.square().sum(), leaves), strict=True
+        torch.autograd.grad(together.square().sum(), leaves),
+        torch.autograd.grad(apart.square().sum(), leaves),
+        strict=True,
     ):
         assert_close(one, other)
 

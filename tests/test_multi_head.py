@@ -15,7 +15,9 @@ def linear(rows, columns, device, dtype=torch.float64):
 
 @pytest.fixture
 def inputs(device):
-    return [torch.randn(BATCH, n, E, dtype=torch.float64, device=device, requires_grad=True) for n in (QUERIES, KEYS, KEYS)]
+    return [
+        torch.randn(BATCH, n, E, dtype=torch.float64, device=device, requires_grad=True) for n in (QUERIES, KEYS, KEYS)
+    ]
 
 
 def assert_same_with_gradients(one, other, leaves):
