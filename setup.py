@@ -1,10 +1,11 @@
 """Builds the wheel: CMake builds and installs the plugin into the package.
 
 Environment: MAX_JOBS (parallel compilations), DEBUG=1 (debug build), CMAKE_ARGS (more arguments for CMake),
-FORCE_CUDA=1 and TORCH_CUDA_ARCH_LIST (reserved for the CUDA kernels).
+FORCE_CUDA=1 and TORCH_CUDA_ARCH_LIST (for the CUDA kernels: CMake says that there are none yet).
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,31 +22,40 @@ def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
+def cmake(*arguments: object) -> None:
+    """Runs CMake; ends with a sentence if it fails, since its own message says why."""
+    try:
+        code = subprocess.call(["cmake", *map(str, arguments)])
+    except FileNotFoundError:
+        sys.exit("wmha: building needs CMake, and there is none on the PATH: `pip install cmake ninja`")
+    if code != 0:
+        sys.exit("wmha: CMake failed; its message is above")
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
-        if enabled("FORCE_CUDA"):
-            sys.exit("wmha: FORCE_CUDA is set, but this version has no CUDA kernels")
         package = (ROOT / "csrc/python/wmha") if self.editable_mode else Path(self.build_lib).resolve() / "wmha"
         build = Path(self.build_temp).resolve()
-        build_type = "Debug" if enabled("DEBUG") else "Release"
-        subprocess.check_call(
-            [
-                "cmake",
-                f"-S{ROOT}",
-                f"-B{build}",
-                f"-DCMAKE_BUILD_TYPE={build_type}",
-                f"-DCMAKE_INSTALL_PREFIX={package}",
-                f"-DTORCH_ROOT={Path(torch.__file__).parent}",
-                *os.environ.get("CMAKE_ARGS", "").split(),
-            ]
+        # A build folder keeps the generator that it began with.
+        generator = ["-GNinja"] if shutil.which("ninja") and not (build / "CMakeCache.txt").exists() else []
+        cmake(
+            f"-S{ROOT}",
+            f"-B{build}",
+            *generator,
+            f"-DCMAKE_BUILD_TYPE={'Debug' if enabled('DEBUG') else 'Release'}",
+            f"-DCMAKE_INSTALL_PREFIX={package}",
+            f"-DTORCH_ROOT={Path(torch.__file__).parent}",
+            f"-DWMHA_CUDA={'ON' if enabled('FORCE_CUDA') else 'OFF'}",
+            f"-DWMHA_RPATH_TO_TORCH={'ON' if self.editable_mode else 'OFF'}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
         )
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs])
-        subprocess.check_call(["cmake", "--install", str(build)])
+        cmake("--build", build, "--parallel", os.environ.get("MAX_JOBS") or os.cpu_count())
+        cmake("--install", build)
         (package / "_build.py").write_text(
             "# Written by setup.py.\n"
             f'version = "{self.distribution.get_version()}"\n'
             f'torch_version = "{torch.__version__}"\n'
+            f"cuda_version = {torch.version.cuda if enabled('FORCE_CUDA') else None!r}\n"
         )
 
     def get_outputs(self) -> list[str]:

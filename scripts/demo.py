@@ -6,22 +6,23 @@ a training step costs there; and the trained model leaves Python as TorchScript 
 C++ program loads and agrees with.
 """
 
-# ruff: noqa: E402  (imports below the environment)
+# ruff: noqa: E402  (imports below what has to come first)
 import os
+import signal
 
+# The imports take seconds: Ctrl-C ends them without a traceback. main() puts Python's own handler back.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 # Read when OpenMP is loaded, with torch. Threads that wait would otherwise spin, and where other programs run as well,
-# as on a shared or virtual machine, a step could take a hundred times as long.
+# as on a shared machine, a step would take many times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import contextlib
 import json
-import math
 import pathlib
+import platform
 import subprocess
 import sys
 import time
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -29,114 +30,13 @@ from tqdm import tqdm
 
 import demo_compare
 import demo_export
+import demo_options
 import demo_text
-import wmha
 from demo_model import LanguageModel, generate
 from demo_training import Trainer, bits_per_byte, is_bf16_faster
 
-QUICK = {  # what --quick makes the defaults: every part of the demo, each too short to impress
-    "seconds": 10.0,
-    "layers": 2,
-    "dim": 64,
-    "length": 128,
-    "window": 64,
-    "compare_seconds": 8.0,
-    "compare_lengths": [256, 512, 1024],
-    "validation": 2**14,
-    "sample": 120,
-}
 SHORTEST = 64  # bytes of text with which anything can be shown
 VALIDATE_AT = (0.03, 0.1, 0.2, 0.4, 0.7)  # of the training, for the learning curve
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def at_least(least: int):
-    def convert(text: str) -> int:
-        if not text.lstrip("+-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got '{text}'")
-        return int(text)
-
-    return convert
-
-
-def between(low: float, high: float):
-    """A number x with low <= x < high."""
-
-    def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= float(text) < high:
-                return float(text)
-        raise argparse.ArgumentTypeError(f"expected a number in [{low:g}, {high:g}), got '{text}'")
-
-    return convert
-
-
-def parse(arguments: list[str] | None = None) -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(group, name, default, type, text, **more):
-        shown = "" if default is None else " (default: %(default)s)"
-        group.add_argument(name, default=default, type=type, help=text + shown, **more)
-
-    model = parser.add_argument_group("model")
-    add(model, "--layers", 4, at_least(1), "number of layers")
-    add(model, "--dim", 128, at_least(2), "width of the model, a multiple of twice --heads")
-    add(model, "--heads", 4, at_least(1), "attention heads in each layer")
-    add(model, "--window", 128, at_least(1), "how many bytes before its own a byte sees")
-    add(model, "--dropout", 0.1, between(0, 1), "probability with which an attention weight is dropped in training")
-    training = parser.add_argument_group("training")
-    add(training, "--steps", None, at_least(1), "training steps (default: 2000, or as many as --seconds allows)")
-    add(training, "--seconds", 130.0, between(0.1, math.inf), "time for training, in seconds; with --steps, no limit")
-    add(training, "--batch", 8, at_least(1), "sequences in a step")
-    add(training, "--length", 256, at_least(2), "bytes in a sequence")
-    add(training, "--lr", 3e-3, between(0, math.inf), "highest learning rate")
-    add(training, "--text", None, pathlib.Path, "a file, or a folder of .py, .txt and .md files, to train on instead")
-    add(training, "--validation", 2**17, at_least(1), "bytes of text held out for validation, at most")
-    compare = parser.add_argument_group("comparison with scaled_dot_product_attention")
-    add(compare, "--compare-lengths", [512, 1024, 2048, 4096, 8192, 16384], at_least(1), "lengths, in bytes", nargs="+")
-    add(compare, "--compare-seconds", 45.0, between(0, math.inf), "time for it, in seconds")
-    general = parser.add_argument_group("general")
-    add(general, "--sample", 400, at_least(0), "bytes of text that the trained model writes")
-    add(general, "--seed", 0, at_least(0), "of everything random")
-    add(general, "--device", "cpu", str, "where to train and measure, as PyTorch names it")
-    add(
-        general,
-        "--dtype",
-        "auto",
-        str,
-        "of matrix products in training; auto: bf16, by autocast, where it is faster",
-        choices=["auto", "fp32", "bf16"],
-    )
-    add(general, "--threads", torch.get_num_threads(), at_least(1), "threads on the CPU")
-    add(general, "--out", pathlib.Path("wmha-demo"), pathlib.Path, "folder for pictures, models and numbers")
-    general.add_argument("--quick", action="store_true", help="every part, smaller, in about a minute")
-
-    if parser.parse_known_args(arguments)[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args(arguments)
-    if args.steps is not None and args.seconds == parser.get_default("seconds"):
-        args.seconds = math.inf
-    args.steps = args.steps or 2000
-    args.compare_lengths = sorted(set(args.compare_lengths))
-    if args.dim % (2 * args.heads) != 0:
-        parser.error(f"--dim {args.dim} is not a multiple of twice --heads {args.heads}")
-    if missing := demo_export.missing_tools():
-        parser.error(f"{' and '.join(missing)} not found: needed for the AOTInductor package and the C++ program")
-    try:
-        probe = torch.zeros(1, 1, 2, 8, device=torch.device(args.device))
-        wmha.attention(probe, probe, probe, window=(1, 0)).sum().item()
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} doesn't work here: {str(error).splitlines()[0]}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "numbers.json").write_text("{}")
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}")
-    return parser, args
 
 
 def train(model: LanguageModel, text: Tensor, validation: Tensor, args: argparse.Namespace):
@@ -215,7 +115,7 @@ class Stages:
         print(f"\n[{time.perf_counter() - self.start:3.0f} s] {text}", flush=True)
 
 
-def run(parser: Parser, args: argparse.Namespace) -> int:
+def run(parser: demo_options.Parser, args: argparse.Namespace) -> int:
     stage = Stages()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -264,6 +164,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     print("  | " + sample.replace("\n", "\n  | "))
 
     numbers = {
+        "machine": {"processor": processor(), "torch": torch.__version__, "python": platform.python_version()},
         "options": {name: str(value) for name, value in vars(args).items()},
         "bits_per_byte": {"before": points[0][1], "after": points[-1][1], **baselines},
         "validation": points,
@@ -287,9 +188,19 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
     return 0 if agrees else 1
 
 
+def processor() -> str:
+    """Its name and what it can do, as far as the system tells."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return run(*parse())
+        return run(*demo_options.parse(__doc__))
     except KeyboardInterrupt:
         print("\ndemo.py: interrupted", file=sys.stderr)
         return 130

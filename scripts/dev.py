@@ -6,10 +6,11 @@
     python3 scripts/dev.py lint       formatting and static checks
     python3 scripts/dev.py bench      speed against other attention operators; see bench --help
     python3 scripts/dev.py sanitize   the C++ tests under ASan + UBSan and TSan
-    python3 scripts/dev.py clean      removes everything this made
+    python3 scripts/dev.py clean      removes the builds and the virtual environment that this made
 
-The first run makes a virtual environment in .venv and installs what is needed. Environment: TORCH_VERSION (default
-2.13.0), MAX_JOBS; pip's own configuration says where packages come from.
+The first run makes a virtual environment in .venv and installs what is needed; later runs only build what has changed.
+Environment: TORCH_VERSION (default 2.13.0), MAX_JOBS. Where packages come from is pip's own configuration: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu TORCH_VERSION=2.13.0+cpu saves the gigabytes of
+a torch with CUDA.
 """
 
 import hashlib
@@ -18,10 +19,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
+MARK = VENV / ".made-by-wmha"  # clean removes no environment that was there before
 BUILD = ROOT / "build"
 PYTHON = VENV / "bin" / "python"
 TORCH = os.environ.get("TORCH_VERSION", "2.13.0")
@@ -68,7 +71,10 @@ def once(name: str, key: str) -> Path | None:
 def install(*packages: str) -> None:
     if not PYTHON.exists():
         print(f"making a virtual environment in {VENV}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+        if subprocess.run([sys.executable, "-m", "venv", str(VENV)]).returncode != 0:
+            shutil.rmtree(VENV, ignore_errors=True)  # half of one would be taken for whole on the next run
+            sys.exit("dev.py: can't make a virtual environment; Debian and Ubuntu need the package python3-venv for it")
+        MARK.touch()
     name = "installed-" + fingerprint(packages)[:8]
     if stamp := once(name, fingerprint(packages)):
         run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages)
@@ -92,10 +98,24 @@ def cmake_build(folder: Path, *options: str, target: str = "all") -> None:
     run("cmake", "--build", folder, "--target", target, "--parallel", JOBS)
 
 
+def googletest() -> list[str]:
+    """CMake's options for GoogleTest: the system's, or the sources of Debian's package (which takes no root), or none,
+    and CMake downloads it."""
+    if Path("/usr/include/gtest/gtest.h").exists() or not shutil.which("apt-get"):
+        return []
+    folder = VENV / "googletest"
+    source = folder / "usr" / "src" / "googletest"
+    if not source.exists():
+        folder.mkdir(exist_ok=True)
+        if subprocess.run(["apt-get", "download", "googletest"], cwd=folder).returncode == 0:
+            run("dpkg", "-x", next(folder.glob("*.deb")), folder)
+    return [f"-DFETCHCONTENT_SOURCE_DIR_GTEST={source}"] if source.exists() else []
+
+
 def test(arguments: list[str]) -> None:
     install_wmha()
     install(*TEST_PACKAGES)
-    cmake_build(BUILD / "tests", "-DWMHA_TESTS=ON")
+    cmake_build(BUILD / "tests", "-DWMHA_TESTS=ON", *googletest())
     run("ctest", "--test-dir", BUILD / "tests", "--output-on-failure", "--parallel", JOBS)
     prefix = subprocess.check_output([PYTHON, "-c", "import wmha; print(wmha.cmake_prefix_path)"], text=True).strip()
     app = BUILD / "cpp_app"
@@ -122,15 +142,18 @@ def sanitize(_: list[str]) -> None:
     # One definition of a type in two libraries is torch's own; leaks at exit are Python-less LibTorch's singletons.
     asan = {"ASAN_OPTIONS": "detect_odr_violation=0:detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
     folder = BUILD / "asan"
-    cmake_build(folder, "-DWMHA_TESTS=ON", "-DWMHA_SANITIZE=address,undefined")
+    cmake_build(folder, "-DWMHA_TESTS=ON", "-DWMHA_SANITIZE=address,undefined", *googletest())
     run("ctest", "--test-dir", folder, "--output-on-failure", "--parallel", JOBS, environment=asan)
     folder = BUILD / "tsan"
-    cmake_build(folder, "-DWMHA_TESTS=ON", "-DWMHA_SANITIZE=thread", target="wmha_kernel_tests")
-    run(folder / "tests" / "cpp" / "wmha_kernel_tests", "--gtest_filter=Threads*")
+    cmake_build(folder, "-DWMHA_TESTS=ON", "-DWMHA_SANITIZE=thread", *googletest(), target="wmha_kernel_tests")
+    run("ctest", "--test-dir", folder, "--output-on-failure", "--no-tests=error", "--tests-regex", "^threads$")
 
 
-def script(name: str) -> None:
+def script(name: str) -> Callable[[list[str]], None]:
     def command(arguments: list[str]) -> None:
+        if not (ROOT / "scripts" / name).exists():
+            print(f"dev.py: this version has no scripts/{name} yet", file=sys.stderr)
+            sys.exit(2)
         install_wmha()
         install(*DEMO_PACKAGES)
         run(PYTHON, ROOT / "scripts" / name, *arguments)
@@ -139,7 +162,7 @@ def script(name: str) -> None:
 
 
 def clean(_: list[str]) -> None:
-    for folder in (VENV, BUILD):
+    for folder in (BUILD, ROOT / "csrc" / "python" / "wmha.egg-info", *([VENV] if MARK.exists() else [])):
         shutil.rmtree(folder, ignore_errors=True)
 
 

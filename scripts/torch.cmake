@@ -2,15 +2,17 @@
 #
 # PyTorch's own find_package(Torch) also searches for the whole CUDA toolkit if torch was built with CUDA, and fails where
 # that isn't there. Neither wmha's CPU build nor a program that links it needs the toolkit, so this looks for torch alone:
-#   TORCH_ROOT         the folder that holds torch's include and lib; by default
+#   TORCH_ROOT         the folder that holds torch's include and lib; by default that of
+#   find_package(Torch) where the program has called it,
 #   CMAKE_PREFIX_PATH  a libtorch, or torch.utils.cmake_prefix_path
 #   site-packages      the torch beside wmha's own Python package
 #   python3            the torch that it imports
+#
+# It may be included more than once: each find_package(wmha) needs the variables, only the first one makes the target.
 
-if(TARGET wmha::torch)
-  return()
+if(NOT TORCH_ROOT AND TARGET torch)
+  set(TORCH_ROOT "${TORCH_INSTALL_PREFIX}")
 endif()
-
 if(NOT TORCH_ROOT)
   find_path(wmha_torch_include torch/headeronly/version.h
             PATH_SUFFIXES include ../../include
@@ -27,6 +29,9 @@ if(NOT TORCH_ROOT)
   endif()
   get_filename_component(TORCH_ROOT "${wmha_torch_include}/.." REALPATH)
 endif()
+if(NOT EXISTS "${TORCH_ROOT}/include/torch/headeronly/version.h")
+  message(FATAL_ERROR "wmha supports torch 2.13 and 2.14, and TORCH_ROOT=${TORCH_ROOT} holds neither")
+endif()
 
 file(STRINGS "${TORCH_ROOT}/include/torch/headeronly/version.h" wmha_version_lines
      REGEX "#define TORCH_VERSION_(MAJOR|MINOR|PATCH) ")
@@ -36,17 +41,21 @@ if(WMHA_TORCH_VERSION VERSION_LESS 2.13 OR WMHA_TORCH_VERSION VERSION_GREATER_EQ
   message(FATAL_ERROR "wmha supports torch 2.13 and 2.14, found ${WMHA_TORCH_VERSION} in ${TORCH_ROOT}")
 endif()
 
-add_library(wmha::torch INTERFACE IMPORTED)
-set_target_properties(wmha::torch PROPERTIES
-  INTERFACE_INCLUDE_DIRECTORIES "${TORCH_ROOT}/include;${TORCH_ROOT}/include/torch/csrc/api/include"
-  INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${TORCH_ROOT}/include;${TORCH_ROOT}/include/torch/csrc/api/include"
-  INTERFACE_COMPILE_FEATURES cxx_std_20
-  INTERFACE_LINK_LIBRARIES "${TORCH_ROOT}/lib/libtorch.so;${TORCH_ROOT}/lib/libtorch_cpu.so;${TORCH_ROOT}/lib/libc10.so")
+if(NOT TARGET wmha::torch)
+  add_library(wmha::torch INTERFACE IMPORTED)
+  set(wmha_torch_includes "${TORCH_ROOT}/include;${TORCH_ROOT}/include/torch/csrc/api/include")
+  set_target_properties(wmha::torch PROPERTIES
+    INTERFACE_INCLUDE_DIRECTORIES "${wmha_torch_includes}"
+    INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${wmha_torch_includes}"
+    INTERFACE_COMPILE_FEATURES cxx_std_20
+    INTERFACE_LINK_LIBRARIES
+      "${TORCH_ROOT}/lib/libtorch.so;${TORCH_ROOT}/lib/libtorch_cpu.so;${TORCH_ROOT}/lib/libc10.so")
 
-# Torch's CUDA operators register themselves when their library is loaded: it stays linked though no symbol is used.
-set(WMHA_TORCH_CUDA OFF)
-if(EXISTS "${TORCH_ROOT}/lib/libtorch_cuda.so")
-  set(WMHA_TORCH_CUDA ON)
-  set_property(TARGET wmha::torch PROPERTY INTERFACE_LINK_OPTIONS
-    "LINKER:--push-state,--no-as-needed,${TORCH_ROOT}/lib/libtorch_cuda.so,${TORCH_ROOT}/lib/libc10_cuda.so,--pop-state")
+  # Torch's CUDA operators register themselves when their library is loaded: it stays linked to programs though they use
+  # no symbol of it. Not to libraries: they work with torch's CPU build too.
+  if(EXISTS "${TORCH_ROOT}/lib/libtorch_cuda.so")
+    set(wmha_torch_cuda "${TORCH_ROOT}/lib/libtorch_cuda.so,${TORCH_ROOT}/lib/libc10_cuda.so")
+    set_property(TARGET wmha::torch PROPERTY INTERFACE_LINK_OPTIONS
+      "$<$<STREQUAL:$<TARGET_PROPERTY:TYPE>,EXECUTABLE>:LINKER:--push-state,--no-as-needed,${wmha_torch_cuda},--pop-state>")
+  endif()
 endif()

@@ -24,6 +24,12 @@ def _load() -> str:
             f"wmha was built against torch {_build.torch_version}, but torch {_torch.__version__} is installed. "
             "Install that version of torch, or build wmha again with `pip install --no-build-isolation .`"
         )
+    if _build.cuda_version and _build.cuda_version.split(".")[0] != (_torch.version.cuda or "").split(".")[0]:
+        found_cuda = f"CUDA {_torch.version.cuda}" if _torch.version.cuda else "no CUDA"
+        raise ImportError(
+            f"wmha was built for CUDA {_build.cuda_version}, but torch {_torch.__version__} has {found_cuda}. "
+            "Install a torch for that version of CUDA, or build wmha again with `pip install --no-build-isolation .`"
+        )
     path = str(_Path(__file__).parent / "lib" / "libwmha.so")
     try:
         _torch.ops.load_library(path)
