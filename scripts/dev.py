@@ -9,8 +9,9 @@
     python3 scripts/dev.py clean      removes the builds and the virtual environment that this made
 
 The first run makes a virtual environment in .venv and installs what is needed; later runs only build what has changed.
-Environment: TORCH_VERSION (default 2.13.0), MAX_JOBS. Where packages come from is pip's own configuration: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu TORCH_VERSION=2.13.0+cpu saves the gigabytes of
-a torch with CUDA.
+Environment: TORCH_VERSION (default 2.13.0), MAX_JOBS. Where packages come from is pip's own configuration:
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu TORCH_VERSION=2.13.0+cpu saves the gigabytes of a torch with
+CUDA.
 """
 
 import hashlib
