@@ -22,28 +22,21 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.cpu
 def test_python_and_torchscript(run_python, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_python("\n".join(blocks("python")))
+    (tmp_path / "example.py").write_text("\n".join(blocks("python")))  # TorchScript reads the source from a file
+    run_python("-W", "ignore", "example.py")
     assert (tmp_path / "layer.pt").exists()
 
 
 @pytest.mark.cpu
 def test_cpp(tmp_path):
     (tmp_path / "main.cpp").write_text("".join(blocks("cpp")))
-    (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.18)\nproject(program LANGUAGES CXX)\nadd_executable(program main.cpp)\n"
-        + "".join(blocks("cmake"))
-    )
+    project = "cmake_minimum_required(VERSION 3.18)\nproject(program LANGUAGES CXX)\nadd_executable(program main.cpp)\n"
+    (tmp_path / "CMakeLists.txt").write_text(project + "".join(blocks("cmake")))
+    cmake = shutil.which("cmake", path=PATH)
     build = tmp_path / "build"
     for command in (
-        [
-            shutil.which("cmake", path=PATH),
-            "-S",
-            tmp_path,
-            "-B",
-            build,
-            f"-DCMAKE_PREFIX_PATH={wmha.cmake_prefix_path}",
-        ],
-        [shutil.which("cmake", path=PATH), "--build", build],
+        [cmake, "-S", tmp_path, "-B", build, f"-DCMAKE_PREFIX_PATH={wmha.cmake_prefix_path}"],
+        [cmake, "--build", build],
         [build / "program"],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
