@@ -34,6 +34,7 @@ import demo_options
 import demo_text
 from demo_model import LanguageModel, generate
 from demo_training import Trainer, bits_per_byte, is_bf16_faster
+from machine import processor
 
 SHORTEST = 64  # bytes of text with which anything can be shown
 VALIDATE_AT = (0.03, 0.1, 0.2, 0.4, 0.7)  # of the training, for the learning curve
@@ -186,15 +187,6 @@ def run(parser: demo_options.Parser, args: argparse.Namespace) -> int:
     ):
         print(f"  {name:18} {what}")
     return 0 if agrees else 1
-
-
-def processor() -> str:
-    """Its name and what it can do, as far as the system tells."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main() -> int:

@@ -1,0 +1,115 @@
+"""What wmha is compared with: other ways to the same numbers. Each takes a case and returns a function of query, key
+and value, or None where it has no answer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import wmha
+from benchmark_cases import Case
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def is_self_attention(case: Case) -> bool:
+    return case.queries is None
+
+
+def ours(case: Case, dtype: torch.dtype, device: str) -> Attention:
+    return lambda q, k, v: wmha.attention(q, k, v, window=case.window, dropout_p=case.dropout_p)
+
+
+def ours_without_dropout(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
+    if not case.dropout_p:
+        return None
+    return lambda q, k, v: wmha.attention(q, k, v, window=case.window)
+
+
+def flex(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
+    """torch.compile of flex_attention; on a CPU it has no backward."""
+    if not is_self_attention(case) or case.dropout_p or case.length < 128:
+        return None
+
+    def sees(batch, head, query, key):
+        return (query >= key) & (query - key <= case.reach)
+
+    mask = create_block_mask(sees, None, None, case.length, case.length, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
+
+def sdpa(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
+    """PyTorch's own attention where it needs no mask: causal, or one query on the part of the cache that it sees."""
+    if case.dropout_p:
+        return None
+    if is_self_attention(case) and case.left < 0:
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if case.rows == 1:
+        seen = slice(case.length - case.reach - 1, None)
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen])
+    return None
+
+
+LARGEST_MASK = 8192  # positions; its square is what the mask takes
+
+
+def sdpa_masked(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
+    """PyTorch's own attention with the window as a mask."""
+    if not is_self_attention(case) or case.left < 0 or case.dropout_p or case.length > LARGEST_MASK:
+        return None
+    position = torch.arange(case.length, device=device)
+    back = position[:, None] - position
+    mask = (back >= 0) & (back <= case.left)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def chunked(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
+    """PyTorch's own attention on chunks as long as the window, each with its own keys and those of the one before."""
+    width = case.left
+    if not is_self_attention(case) or width < 1 or case.dropout_p or case.length % width != 0:
+        return None
+    query = torch.arange(width, device=device)[:, None] + width
+    key = torch.arange(2 * width, device=device)
+    seen = ((key <= query) & (key >= query - width)).repeat(case.length // width, 1, 1)
+    seen[0, :, :width] = False  # nothing lies before the first chunk
+    bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
+
+    def chunks(x: Tensor) -> Tensor:  # (B, H, N, D) -> (B * H, N / W, W, D)
+        return x.reshape(-1, case.length // width, width, case.dim)
+
+    def with_previous(x: Tensor) -> Tensor:
+        own = chunks(x)
+        return torch.cat((F.pad(own, (0, 0, 0, 0, 1, 0))[:, :-1], own), 2)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(chunks(q), with_previous(k), with_previous(v), attn_mask=bias).view_as(q)
+
+    return attention
+
+
+def local_attention(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
+    """The package local-attention, where it is installed."""
+    if not is_self_attention(case) or case.left < 1 or case.dropout_p:
+        return None
+    if importlib.util.find_spec("local_attention") is None:
+        return None
+    from local_attention import LocalAttention
+
+    return LocalAttention(case.left, causal=True, exact_windowsize=True, autopad=True, use_rotary_pos_emb=False)
+
+
+PEERS = {
+    "flex": flex,
+    "SDPA": sdpa,
+    "SDPA, mask": sdpa_masked,
+    "chunked": chunked,
+    "local-attention": local_attention,
+    "no dropout": ours_without_dropout,
+}
+FORWARD_ONLY = {"flex"}
