@@ -15,6 +15,14 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
+/// The generator's constants.
+struct Philox {
+  static constexpr uint32_t multiplier0 = 0xD2511F53u;
+  static constexpr uint32_t multiplier1 = 0xCD9E8D57u;
+  static constexpr uint32_t key_step_low = 0x9E3779B9u;
+  static constexpr uint32_t key_step_high = 0xBB67AE85u;
+};
+
 /// The words of `width` counters side by side, so that a compiler makes vectors of them.
 template <int width>
 struct PhiloxLanes {
@@ -27,15 +35,15 @@ WMHA_HOST_DEVICE constexpr void philox(PhiloxLanes<width>& lanes, uint32_t key_l
   auto& word = lanes.word;
   for (int round = 0; round < rounds; ++round) {
     for (int i = 0; i < width; ++i) {
-      const uint64_t product0 = uint64_t{0xD2511F53u} * word[0][i];
-      const uint64_t product1 = uint64_t{0xCD9E8D57u} * word[2][i];
+      const uint64_t product0 = uint64_t{Philox::multiplier0} * word[0][i];
+      const uint64_t product1 = uint64_t{Philox::multiplier1} * word[2][i];
       word[0][i] = static_cast<uint32_t>(product1 >> 32) ^ word[1][i] ^ key_low;
       word[1][i] = static_cast<uint32_t>(product1);
       word[2][i] = static_cast<uint32_t>(product0 >> 32) ^ word[3][i] ^ key_high;
       word[3][i] = static_cast<uint32_t>(product0);
     }
-    key_low += 0x9E3779B9u;
-    key_high += 0xBB67AE85u;
+    key_low += Philox::key_step_low;
+    key_high += Philox::key_step_high;
   }
 }
 

@@ -41,9 +41,11 @@ class KeyGradients {
         key_width_(padded<Acc>(params.key_dim)),
         value_width_(padded<Acc>(params.value_dim)),
         capacity_(std::min(2 * most_keys_in_sight(params) + key_slack, schedule.most_keys)),
-        scratch_(Scratch<Acc>::rounded(capacity_ * key_width_) + Scratch<Acc>::rounded(capacity_ * value_width_)),
-        grad_key_(scratch_.take(capacity_ * key_width_)),
-        grad_value_(scratch_.take(capacity_ * value_width_)) {}
+        scratch_(
+            Scratch<Acc>::rounded((capacity_ + tile_rows) * key_width_) +
+            Scratch<Acc>::rounded((capacity_ + tile_rows) * value_width_)),
+        grad_key_(scratch_.take((capacity_ + tile_rows) * key_width_)),
+        grad_value_(scratch_.take((capacity_ + tile_rows) * value_width_)) {}
 
   void start(int64_t batch_kv_head, int64_t chunk) {
     batch_kv_head_ = batch_kv_head;
@@ -69,6 +71,7 @@ class KeyGradients {
 
   void finish() { write_until(end_); }
 
+  /// The sums of `key` and the keys after it. The tile_rows rows behind the last key in sight may be overwritten.
   RowMajor<Acc> key_rows(int64_t key) const { return {grad_key_ + (key - base_) * key_width_, key_width_}; }
   RowMajor<Acc> value_rows(int64_t key) const { return {grad_value_ + (key - base_) * value_width_, value_width_}; }
 
@@ -106,8 +109,8 @@ class KeyGradients {
   const int64_t value_width_;
   const int64_t capacity_; // keys
   Scratch<Acc> scratch_;
-  Acc* grad_key_;   // [capacity][key_width]
-  Acc* grad_value_; // [capacity][value_width]
+  Acc* grad_key_;   // [capacity + tile_rows][key_width]
+  Acc* grad_value_; // [capacity + tile_rows][value_width]
   int64_t batch_kv_head_ = 0;
   int64_t chunk_ = 0;
   Range private_{0, 0};

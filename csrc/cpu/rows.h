@@ -64,6 +64,13 @@ auto at(const TensorView<Pointer>& view, int64_t batch, int64_t head, int64_t po
   return static_cast<Element*>(view.data) + view.offset(batch, head, position);
 }
 
+/// Brings a row into the second cache.
+template <typename T>
+void prefetch(const T* row, int64_t dim) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d, 0, 2);
+}
+
 inline at::vec::Vectorized<float> load_as_float(const c10::BFloat16* source) {
   at::vec::Vectorized<float> converted;
   at::vec::load_fp32_from_bf16(source, converted);
@@ -106,13 +113,18 @@ RowMajor<const Acc> load_rows(const T* source, int64_t stride, int64_t rows, int
   return {scratch, width};
 }
 
-/// The same rows as columns: packed[d][r] = rows[r][d], zeros for r in [count, lanes).
+/// The same rows as columns: packed[d][r] = factor * rows[r][d], zeros for r in [count, lanes).
 template <typename Acc>
-void pack_columns(RowMajor<const Acc> rows, int64_t count, int64_t dim, int64_t lanes, Acc* packed) {
+void pack_columns(RowMajor<const Acc> rows, int64_t count, int64_t dim, int64_t lanes, Acc factor, Acc* packed) {
   at::vec::transpose_mxn<Acc>(
       rows.data, rows.row_stride, packed, lanes, static_cast<int>(count), static_cast<int>(dim));
-  if (count == lanes) return;
-  for (int64_t d = 0; d < dim; ++d) std::fill(packed + d * lanes + count, packed + (d + 1) * lanes, Acc(0));
+  for (int64_t d = 0; d < dim; ++d) {
+    Acc* row = packed + d * lanes;
+    std::fill(row + count, row + lanes, Acc(0));
+    for (int64_t lane = 0; lane < lanes; lane += Vec<Acc>::size()) {
+      (Vec<Acc>::loadu(row + lane) * Vec<Acc>(factor)).store(row + lane);
+    }
+  }
 }
 
 /// target[d] = factor * source[d], rounded to T.

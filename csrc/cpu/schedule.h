@@ -11,6 +11,9 @@ namespace wmha::cpu {
 /// Queries handled together: the columns of a score tile. A multiple of every vector length.
 constexpr int64_t query_block = 48;
 
+/// Keys of a score tile: 64 x 48 scores and 64 rows of key and value stay in the first two caches.
+constexpr int64_t key_block = 96;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// One task: one block of queries of one head.

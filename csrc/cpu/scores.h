@@ -1,32 +1,22 @@
-// What happens to a tile of scores: keys in rows, queries in columns ("lanes"), so that all of it is vertical.
+// Between the product and the softmax: what happens to a tile of scores, keys in rows and queries in columns ("lanes"),
+// so that all of it is vertical. Scores are in units of log 2: exp(z) = 2^(z * log2 e).
 #pragma once
-
-#include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
 #include <limits>
 
 #include "../params.h"
+#include "exp2.h"
 #include "schedule.h"
+#include "tiles.h"
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-/// Keys of a score tile: 64 x 48 scores and 64 rows of key and value stay in the first two caches.
-constexpr int64_t key_block = 64;
-
-template <typename Acc>
-at::vec::Vectorized<Acc> exponential(at::vec::Vectorized<Acc> x) {
-  if constexpr (std::is_same_v<Acc, float>) return x.exp_u20(); // within 20 ulp, which fp32 sums hide
-  return x.exp();
-}
-
-/// From the products of keys and queries to z = softcap(scale * <q, k>) / temperature, and back.
+/// From products of keys and scaled queries to z * log2 e, z = softcap(scale * <q, k>) / temperature, and back.
 template <typename Acc>
 struct ScoreTransform {
-  using Vec = at::vec::Vectorized<Acc>;
-
-  Acc product_factor;  // from the product to z, or to the argument of tanh
-  Acc cap;             // softcap / temperature; 0: off
+  Acc query_factor;    // what queries are scaled by, so that a product is z * log2 e or the argument of tanh
+  Acc cap;             // softcap / temperature * log2 e; 0: off
   Acc gradient_factor; // d z / d <q, k>, the derivative of tanh left out
   double inverse_temperature;
 
@@ -37,20 +27,18 @@ struct ScoreTransform {
     }
     inverse_temperature = 1 / temperature;
     gradient_factor = static_cast<Acc>(params.scale / temperature);
-    cap = static_cast<Acc>(params.softcap / temperature);
-    product_factor = params.softcap > 0 ? static_cast<Acc>(params.scale / params.softcap) : gradient_factor;
+    cap = static_cast<Acc>(params.softcap / temperature * log2_of_e);
+    query_factor =
+        static_cast<Acc>(params.softcap > 0 ? params.scale / params.softcap : params.scale / temperature * log2_of_e);
   }
 
-  Vec operator()(Vec product) const {
-    const Vec scaled = Vec(product_factor) * product;
-    return cap > 0 ? Vec(cap) * scaled.tanh() : scaled;
-  }
+  Vec<Acc> operator()(Vec<Acc> product) const { return cap > 0 ? Vec<Acc>(cap) * product.tanh() : product; }
 
-  /// d z / d <q, k> at a score z.
-  Vec derivative(Vec z) const {
-    if (cap == 0) return Vec(gradient_factor);
-    const Vec tanh = z / Vec(cap);
-    return Vec(gradient_factor) * (Vec(Acc(1)) - tanh * tanh);
+  /// d z / d <q, k> at a score z * log2 e.
+  Vec<Acc> derivative(Vec<Acc> score) const {
+    if (cap == 0) return Vec<Acc>(gradient_factor);
+    const Vec<Acc> tanh = score / Vec<Acc>(cap);
+    return Vec<Acc>(gradient_factor) * (Vec<Acc>(Acc(1)) - tanh * tanh);
   }
 };
 
@@ -72,26 +60,25 @@ struct Visibility {
     return {std::min(from, to), to};
   }
 
-  /// The queries that see at least one of the keys.
-  Range of_keys(Range tile) const {
-    Range seeing{0, queries};
-    while (seeing.begin < queries && keys[seeing.begin].end <= tile.begin) ++seeing.begin;
-    while (seeing.end > seeing.begin && keys[seeing.end - 1].begin >= tile.end) --seeing.end;
-    return seeing;
+  /// The queries that see at least one of the keys, given those of earlier keys.
+  Range of_keys(Range tile, Range earlier) const {
+    while (earlier.begin < queries && keys[earlier.begin].end <= tile.begin) ++earlier.begin;
+    while (earlier.end < queries && keys[earlier.end].begin < tile.end) ++earlier.end;
+    return {std::min(earlier.begin, earlier.end), earlier.end};
   }
 
-  /// Does every query see all of the keys? Then no element needs a mask.
-  bool all_see(Range tile) const { return keys[queries - 1].begin <= tile.begin && tile.end <= keys[0].end; }
+  /// Do all queries from the vector of lanes of `seeing.begin` to that of its end see all of the keys?
+  bool all_see(Range tile, Range lanes) const {
+    const int64_t last = std::min(lanes.end, queries) - 1;
+    return keys[last].begin <= tile.begin && tile.end <= keys[lanes.begin].end;
+  }
 };
 
 /// Masks for the lanes of one tile.
 template <typename Acc>
 class TileMask {
  public:
-  using Vec = at::vec::Vectorized<Acc>;
-
-  TileMask(const Visibility& visibility, Range tile) : needed_(!visibility.all_see(tile)) {
-    if (!needed_) return;
+  TileMask(const Visibility& visibility, Range tile) {
     for (int64_t i = 0; i < query_block; ++i) { // relative to the tile: small numbers, exact in any floating type
       first_[i] = static_cast<Acc>(std::max(visibility.keys[i].begin, tile.begin) - tile.begin);
       end_[i] = static_cast<Acc>(std::min(visibility.keys[i].end, tile.end) - tile.begin);
@@ -99,48 +86,15 @@ class TileMask {
   }
 
   /// x where the query sees the key, else `otherwise`. `key` is relative to the tile, `lane` the vector's first query.
-  Vec select(Vec x, Vec otherwise, int64_t key, int64_t lane) const {
-    if (!needed_) return x;
-    const Vec place(static_cast<Acc>(key));
-    const Vec seen = (Vec::loadu(first_ + lane) <= place) & (place < Vec::loadu(end_ + lane));
-    return Vec::blendv(otherwise, x, seen);
+  Vec<Acc> select(Vec<Acc> x, Vec<Acc> otherwise, int64_t key, int64_t lane) const {
+    const Vec<Acc> place(static_cast<Acc>(key));
+    const Vec<Acc> seen = (Vec<Acc>::loadu(first_ + lane) <= place) & (place < Vec<Acc>::loadu(end_ + lane));
+    return Vec<Acc>::blendv(otherwise, x, seen);
   }
 
  private:
-  bool needed_;
   Acc first_[query_block];
   Acc end_[query_block];
 };
-
-/// factors[key][lane] = inverse_keep where dropout keeps the weight, else 0.
-template <typename Acc>
-void dropout_factors(
-    const AttentionParams& params,
-    int64_t batch_head,
-    int64_t first_query,
-    Range keys,
-    int64_t lanes,
-    Acc* factors) {
-  constexpr int width = 16; // queries at a time
-  const auto seed = static_cast<uint64_t>(params.rng_state[0]);
-  const auto kept = static_cast<Acc>(params.dropout.inverse_keep);
-  for (int64_t group = keys.begin / Dropout::group * Dropout::group; group < keys.end; group += Dropout::group) {
-    const Range wanted{std::max(group, keys.begin), std::min(group + Dropout::group, keys.end)};
-    for (int64_t lane = 0; lane < lanes; lane += width) {
-      PhiloxLanes<width> words;
-      for (int i = 0; i < width; ++i) {
-        const PhiloxWords counter = Dropout::counter(group, first_query + lane + i, batch_head, params.rng_state[1]);
-        for (int w = 0; w < 4; ++w) words.word[w][i] = counter.word[w];
-      }
-      philox<Dropout::rounds>(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-      const int64_t count = std::min<int64_t>(width, lanes - lane);
-      for (int64_t key = wanted.begin; key < wanted.end; ++key) {
-        const auto& word = words.word[key % Dropout::group / 2];
-        Acc* row = factors + (key - keys.begin) * lanes + lane;
-        for (int64_t i = 0; i < count; ++i) row[i] = params.dropout.keeps(word[i], key) ? kept : Acc(0);
-      }
-    }
-  }
-}
 
 } // namespace wmha::cpu::CPU_CAPABILITY

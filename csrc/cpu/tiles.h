@@ -1,19 +1,38 @@
 // Matrix products in register tiles. Compiled once per instruction set.
+//
+//              right: C vectors of columns                  A tile's sums stay in registers over the whole depth. Each
+//             +---------+---------+---------+               step loads C vectors of the right operand and broadcasts
+//             |         |         |         |  depth        one element of the left operand for each row.
+//             +---------+---------+---------+
+//   left      +---------+---------+---------+
+//   R rows    |  tile[r][c]  += left(r, t) * right[t][c]
+//   x depth   +---------+---------+---------+
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-/// A matrix whose element (r, c) lies at data[r * row_stride + c * column_stride].
 template <typename T>
-struct Strided {
-  const T* data;
-  int64_t row_stride;
-  int64_t column_stride;
-};
+using Vec = at::vec::Vectorized<T>;
+
+// As many rows as fit the registers beside three vectors of the right operand and one broadcast element of the left:
+// 24 + 4 of 32 with AVX-512, 12 + 4 of 16 elsewhere. Divides the length of every vector.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int tile_rows = 8;
+#else
+constexpr int tile_rows = 4;
+#endif
+constexpr int tile_vectors = 3;
+
+// Tiles are arrays that live in registers only if every loop over them is unrolled before anything else happens.
+#define WMHA_UNROLL _Pragma("GCC unroll 16")
+
+template <typename T, int C>
+using Tile = Vec<T>[tile_rows][C];
 
 /// A row-major matrix: element (r, c) lies at data[r * row_stride + c].
 template <typename T>
@@ -24,77 +43,124 @@ struct RowMajor {
   T* row(int64_t r) const { return data + r * row_stride; }
 };
 
-// A tile is as many rows, times up to three vectors of columns, as fit the registers beside three vectors of the right
-// operand and one broadcast element of the left: 24 + 4 of 32 with AVX-512, 12 + 4 of 16 elsewhere.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int tile_rows = 8;
-#else
-constexpr int tile_rows = 4;
-#endif
+/// A left operand that lies in rows. Rows beyond the last one repeat it, so that a tile reads no memory that isn't
+/// there.
+template <typename T>
+struct LeftRows {
+  const T* row[tile_rows];
 
-/// sum[R][C vectors] += left[R][depth] * right[depth][C vectors]; starts from zero unless `accumulate`.
-template <typename T, int R, int C>
-void multiply_tile(int64_t depth, Strided<T> left, RowMajor<const T> right, RowMajor<T> sum, bool accumulate) {
-  using Vec = at::vec::Vectorized<T>;
-  Vec tile[R][C];
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) tile[r][c] = accumulate ? Vec::loadu(sum.row(r) + c * Vec::size()) : Vec(T(0));
+  LeftRows(RowMajor<const T> matrix, int64_t rows) {
+    for (int64_t r = 0; r < tile_rows; ++r) row[r] = matrix.row(std::min(r, rows - 1));
   }
-  for (int64_t t = 0; t < depth; ++t) {
-    Vec columns[C];
-    for (int c = 0; c < C; ++c) columns[c] = Vec::loadu(right.row(t) + c * Vec::size());
-    for (int r = 0; r < R; ++r) {
-      const Vec element(left.data[r * left.row_stride + t * left.column_stride]);
-      for (int c = 0; c < C; ++c) tile[r][c] = at::vec::fmadd(element, columns[c], tile[r][c]);
+  T operator()(int r, int64_t t) const { return row[r][t]; }
+};
+
+/// A left operand that lies in columns: element (r, t) at data[t * stride + r].
+template <typename T>
+struct LeftColumns {
+  const T* data;
+  int64_t stride;
+
+  T operator()(int r, int64_t t) const { return data[t * stride + r]; }
+};
+
+/// One tile. target.start(vector, tile) gives the sums' first values, target.finish(vector, tile) takes them. Not
+/// inlined: in a larger function the compiler would keep some of the sums in memory.
+template <typename T, int C, typename Left, typename Target>
+[[gnu::noinline]] void multiply_tile(
+    int64_t vector,
+    int64_t depth,
+    Left left,
+    RowMajor<const T> right,
+    Target& target) {
+  Tile<T, C> tile;
+  target.start(vector, tile);
+  const T* columns = right.data + vector * Vec<T>::size();
+  for (int64_t t = 0; t < depth; ++t, columns += right.row_stride) {
+    Vec<T> column[C];
+    WMHA_UNROLL
+    for (int c = 0; c < C; ++c) column[c] = Vec<T>::loadu(columns + c * Vec<T>::size());
+    WMHA_UNROLL
+    for (int r = 0; r < tile_rows; ++r) {
+      const Vec<T> element(left(r, t));
+      WMHA_UNROLL
+      for (int c = 0; c < C; ++c) tile[r][c] = at::vec::fmadd(element, column[c], tile[r][c]);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) tile[r][c].store(sum.row(r) + c * Vec::size());
+  target.finish(vector, tile);
+}
+
+/// A row of tiles: the product of tile_rows rows of `left` (depth wide) and the vectors [begin, end) of the columns of
+/// `right` (depth high). The order of summation over depth is the same for every element.
+template <typename T, typename Left, typename Target>
+void multiply(int64_t begin, int64_t end, int64_t depth, const Left& left, RowMajor<const T> right, Target& target) {
+  while (begin < end) {
+    const int64_t rest = end - begin;
+    const int64_t width = rest == 4 ? 2 : std::min<int64_t>(rest, tile_vectors); // 2 + 2 runs faster than 3 + 1
+    if (width == 3) multiply_tile<T, 3>(begin, depth, left, right, target);
+    if (width == 2) multiply_tile<T, 2>(begin, depth, left, right, target);
+    if (width == 1) multiply_tile<T, 1>(begin, depth, left, right, target);
+    begin += width;
   }
 }
 
-/// A row of tiles: R rows, any number of columns that is a multiple of the vector length.
-template <typename T, int R>
-void multiply_rows(
-    int64_t columns,
-    int64_t depth,
-    Strided<T> left,
-    RowMajor<const T> right,
-    RowMajor<T> sum,
-    bool accumulate) {
-  constexpr int64_t lanes = at::vec::Vectorized<T>::size();
-  for (int64_t vectors = columns / lanes; vectors > 0;) {
-    const int64_t width = vectors == 4 ? 2 : vectors < 3 ? vectors : 3; // 2 + 2 keeps more sums in flight than 3 + 1
-    if (width == 3) multiply_tile<T, R, 3>(depth, left, right, sum, accumulate);
-    if (width == 2) multiply_tile<T, R, 2>(depth, left, right, sum, accumulate);
-    if (width == 1) multiply_tile<T, R, 1>(depth, left, right, sum, accumulate);
-    right.data += width * lanes;
-    sum.data += width * lanes;
-    vectors -= width;
+template <typename T, int C>
+void load_tile(RowMajor<const T> from, int64_t vector, Tile<T, C>& tile) {
+  from.data += vector * Vec<T>::size();
+  WMHA_UNROLL
+  for (int r = 0; r < tile_rows; ++r) {
+    WMHA_UNROLL
+    for (int c = 0; c < C; ++c) tile[r][c] = Vec<T>::loadu(from.row(r) + c * Vec<T>::size());
   }
 }
 
-/// sum[rows][columns] (+)= left[rows][depth] * right[depth][columns].
-/// columns: a multiple of the vector length. The order of summation over depth is the same for every element.
+template <typename T, int C>
+void store_tile(Tile<T, C>& tile, RowMajor<T> to, int64_t vector) {
+  to.data += vector * Vec<T>::size();
+  WMHA_UNROLL
+  for (int r = 0; r < tile_rows; ++r) {
+    WMHA_UNROLL
+    for (int c = 0; c < C; ++c) tile[r][c].store(to.row(r) + c * Vec<T>::size());
+  }
+}
+
+template <typename T, int C>
+void clear_tile(Tile<T, C>& tile) {
+  WMHA_UNROLL
+  for (int r = 0; r < tile_rows; ++r) {
+    WMHA_UNROLL
+    for (int c = 0; c < C; ++c) tile[r][c] = Vec<T>(T(0));
+  }
+}
+
+/// A target: rows of `product` become the product.
 template <typename T>
-void multiply(
-    int64_t rows,
-    int64_t columns,
-    int64_t depth,
-    Strided<T> left,
-    RowMajor<const T> right,
-    RowMajor<T> sum,
-    bool accumulate) {
-  const auto advance = [&](int64_t count) {
-    left.data += count * left.row_stride;
-    sum.data += count * sum.row_stride;
-    rows -= count;
-  };
-  for (; rows >= tile_rows; advance(tile_rows))
-    multiply_rows<T, tile_rows>(columns, depth, left, right, sum, accumulate);
-  for (; rows >= 4; advance(4)) multiply_rows<T, 4>(columns, depth, left, right, sum, accumulate);
-  for (; rows >= 2; advance(2)) multiply_rows<T, 2>(columns, depth, left, right, sum, accumulate);
-  for (; rows >= 1; advance(1)) multiply_rows<T, 1>(columns, depth, left, right, sum, accumulate);
-}
+struct StoreTo {
+  RowMajor<T> product;
+
+  template <int C>
+  void start(int64_t, Tile<T, C>& tile) const {
+    clear_tile<T>(tile);
+  }
+  template <int C>
+  void finish(int64_t vector, Tile<T, C>& tile) const {
+    store_tile<T>(tile, product, vector);
+  }
+};
+
+/// A target: the product is added to rows of `sum`.
+template <typename T>
+struct AddTo {
+  RowMajor<T> sum;
+
+  template <int C>
+  void start(int64_t vector, Tile<T, C>& tile) const {
+    load_tile<T>({sum.data, sum.row_stride}, vector, tile);
+  }
+  template <int C>
+  void finish(int64_t vector, Tile<T, C>& tile) const {
+    store_tile<T>(tile, sum, vector);
+  }
+};
 
 } // namespace wmha::cpu::CPU_CAPABILITY
