@@ -104,6 +104,8 @@ class Bounded:
 #   - Arithmetic is in fp32 (fp64 for fp64). A weight exp(z - lse) has the relative error of exp, 20 ulp at most in
 #     fp32, plus the absolute errors of z and lse, which are relative to the largest score: ROUNDINGS * (1 + |z|). The
 #     rest is for the sums. Over the table, fp32 and fp64 use a sixth of it where terms don't cancel.
+#   - Kernels may round weights and gradients of scores to bf16 before they are multiplied by bf16 tensors: half an
+#     epsilon each.
 #   - Results are rounded to their own dtype once: half an epsilon. Backward reads the output that forward rounded.
 ROUNDINGS = 24
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -155,17 +157,26 @@ def expected(case: Case, inputs: Inputs, mask: torch.Tensor | None = None) -> di
         factor = abs(case.actual_scale) / divisor
         products_slack = factor * (grad_scores_slack * through_cap + grad_scores * through_cap_slack)
 
+        def rounded_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            """How far left @ right may be off if left is rounded to bf16."""
+            half = EPSILON[dtype] / 2 if dtype == torch.bfloat16 else 0.0
+            return half * (left.abs() @ right.abs())
+
+        grad_products = factor * grad_scores * through_cap
+
         def fold(tensor: torch.Tensor) -> torch.Tensor:  # sums over the query heads that share a key head
             kv_heads = key.size(1)
             return tensor.unflatten(1, (kv_heads, -1 if kv_heads * heads else 0)).sum(2) if kv_heads else tensor
 
         slacks = {
             "weights": relative * weights,
-            "output": relative * ((keep * weights) @ values.abs()),
+            "output": relative * ((keep * weights) @ values.abs()) + rounded_products(keep * weights, values),
             "logsumexp": relative.squeeze(-1),
-            "grad_query": products_slack @ keys.abs(),
-            "grad_key": fold(products_slack.mT @ query.abs()),
-            "grad_value": fold((relative * keep * weights).mT @ grad_output.abs()),
+            "grad_query": products_slack @ keys.abs() + rounded_products(grad_products, keys),
+            "grad_key": fold(products_slack.mT @ query.abs() + rounded_products(grad_products.mT, query)),
+            "grad_value": fold(
+                (relative * keep * weights).mT @ grad_output.abs() + rounded_products((keep * weights).mT, grad_output)
+            ),
         }
         if isinstance(temperature, torch.Tensor):
             shares = ((grad_scores_slack * steps.scores.abs() + grad_scores * relative) / divisor).sum(-1)

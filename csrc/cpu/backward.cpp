@@ -21,7 +21,9 @@ namespace {
 
 template <typename T>
 class BackwardBlock {
+  using M = multiplicand_type<T>;
   using Acc = acc_type<T>;
+  static constexpr int64_t terms = Multiplicand<M>::terms;
   static constexpr int64_t vector = Vec<Acc>::size();
   static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
 
@@ -31,38 +33,50 @@ class BackwardBlock {
         key_width_(padded<Acc>(params.key_dim)),
         value_width_(padded<Acc>(params.value_dim)),
         scratch_(
-            Scratch<Acc>::rounded(query_block * params.key_dim) +
-            Scratch<Acc>::rounded(query_block * params.value_dim) + 2 * Scratch<Acc>::rounded(key_block * query_block) +
-            2 * Scratch<Acc>::rounded(query_block * key_width_) +
-            2 * Scratch<Acc>::rounded(query_block * value_width_) + Scratch<Acc>::rounded(key_block * key_width_) +
+            Scratch<Acc>::rounded(steps<M>(params.key_dim) * query_block) +
+            Scratch<Acc>::rounded(steps<M>(params.value_dim) * query_block) +
+            4 * Scratch<Acc>::rounded(tile_rows * query_block) + Scratch<Acc>::rounded(key_block * query_block) +
+            3 * Scratch<Acc>::rounded(query_block * key_width_) +
+            4 * Scratch<Acc>::rounded(query_block * value_width_) + 2 * Scratch<Acc>::rounded(key_block * key_width_) +
             Scratch<Acc>::rounded(key_block * value_width_)),
-        packed_query_(scratch_.take(query_block * params.key_dim)),
-        packed_grad_output_(scratch_.take(query_block * params.value_dim)),
-        weights_(scratch_.take(key_block * query_block)),
-        grad_scores_(scratch_.take(key_block * query_block)),
-        query_rows_(scratch_.take(query_block * key_width_)),
+        packed_query_(scratch_.template take<M>(steps<M>(params.key_dim) * query_block)),
+        packed_grad_output_(scratch_.template take<M>(steps<M>(params.value_dim) * query_block)),
+        scores_(scratch_.take(tile_rows * query_block)),
+        grad_weights_(scratch_.take(tile_rows * query_block)),
+        weights_(scratch_.template take<M>(tile_rows * query_block)),
+        grad_scores_(scratch_.template take<M>(tile_rows * query_block)),
+        grad_scores_by_query_(scratch_.template take<M>(key_block * query_block)),
+        query_left_(scratch_.template take<M>(query_block * key_width_)),
+        query_right_(scratch_.template take<M>(query_block * key_width_)),
         grad_query_(scratch_.take(query_block * key_width_)),
+        grad_output_left_(scratch_.template take<M>(query_block * value_width_)),
+        grad_output_right_(scratch_.template take<M>(query_block * value_width_)),
         grad_output_rows_(scratch_.take(query_block * value_width_)),
         output_rows_(scratch_.take(query_block * value_width_)),
-        key_rows_(scratch_.take(key_block * key_width_)),
-        value_rows_(scratch_.take(key_block * value_width_)) {}
+        key_left_(scratch_.template take<M>(key_block * key_width_)),
+        key_right_(scratch_.template take<M>(key_block * key_width_)),
+        value_left_(scratch_.template take<M>(key_block * value_width_)) {}
 
   /// Adds to the key gradients, writes grad_query, and returns the head's share of the temperature's gradient.
   double run(int64_t batch, int64_t head, Range block, KeyGradients<T>& key_gradients) {
     lanes_ = padded<Acc>(block.size());
-    const ScoreTransform<Acc> transform(params_, head);
+    const ScoreTransform<M> transform(params_, head);
     const Visibility visibility(params_.window, block);
-    const auto queries = load_rows(
-        at<T>(params_.query, batch, head, block.begin), params_.query.position_stride, block.size(), params_.key_dim,
-        query_rows_);
-    const auto grad_outputs = load_rows(
-        at<T>(params_.grad_output, batch, head, block.begin), params_.grad_output.position_stride, block.size(),
-        params_.value_dim, grad_output_rows_);
-    pack_columns(queries, block.size(), params_.key_dim, lanes_, transform.query_factor, packed_query_);
+    const T* const query = at<T>(params_.query, batch, head, block.begin);
+    const T* const grad_output = at<T>(params_.grad_output, batch, head, block.begin);
+    const int64_t query_stride = params_.query.position_stride;
+    const int64_t grad_output_stride = params_.grad_output.position_stride;
     pack_columns(
-        grad_outputs, block.size(), params_.value_dim, lanes_, static_cast<Acc>(params_.dropout.inverse_keep),
-        packed_grad_output_);
-    load_statistics(batch, head, block, grad_outputs);
+        left_rows(query, query_stride, block.size(), params_.key_dim, query_left_), block.size(),
+        steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
+    pack_columns(
+        left_rows(grad_output, grad_output_stride, block.size(), params_.value_dim, grad_output_left_), block.size(),
+        steps<M>(params_.value_dim), lanes_, Acc(1), packed_grad_output_);
+    const auto queries =
+        right_rows(query, query_stride, block.size(), visibility.seeing(), params_.key_dim, query_right_);
+    const auto grad_outputs = right_rows(
+        grad_output, grad_output_stride, block.size(), visibility.seeing(), params_.value_dim, grad_output_right_);
+    load_statistics(batch, head, block);
     std::fill_n(grad_query_, lanes_ * key_width_, Acc(0));
     std::fill_n(temperature_, lanes_, Acc(0));
 
@@ -70,13 +84,16 @@ class BackwardBlock {
     const Range keys = params_.window.keys_of(block);
     next_query_ = block.end;
     next_key_ = keys.end;
+    next_rows_ = ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1));
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
-      const auto key = at<T>(params_.key, batch, params_.kv_head(head), tile.begin);
-      const auto value = at<T>(params_.value, batch, params_.kv_head(head), tile.begin);
-      const auto key_rows = load_rows(key, params_.key.position_stride, tile.size(), params_.key_dim, key_rows_);
-      const auto value_rows =
-          load_rows(value, params_.value.position_stride, tile.size(), params_.value_dim, value_rows_);
+      const T* const key = at<T>(params_.key, batch, params_.kv_head(head), tile.begin);
+      const T* const value = at<T>(params_.value, batch, params_.kv_head(head), tile.begin);
+      const int64_t key_stride = params_.key.position_stride;
+      const auto left_keys = left_rows(key, key_stride, tile.size(), params_.key_dim, key_left_);
+      const auto right_keys = right_rows(key, key_stride, tile.size(), {0, tile.size()}, params_.key_dim, key_right_);
+      const auto left_values =
+          left_rows(value, params_.value.position_stride, tile.size(), params_.value_dim, value_left_);
       const TileMask<Acc> mask(visibility, tile);
       Range seeing{0, 0};
       for (int64_t first = tile.begin; first < tile.end; first += tile_rows) {
@@ -85,14 +102,14 @@ class BackwardBlock {
         prefetch_next(batch, head);
         seeing = visibility.of_keys(group, seeing);
         const Range lanes{seeing.begin / vector * vector, padded<Acc>(seeing.end)};
-        multiply_group(packed_query_, params_.key_dim, key_rows, row, group.size(), lanes, weights_);
-        multiply_group(packed_grad_output_, params_.value_dim, value_rows, row, group.size(), lanes, grad_scores_);
+        multiply_group(left_keys, row, group.size(), params_.key_dim, packed_query_, lanes, scores_);
+        multiply_group(left_values, row, group.size(), params_.value_dim, packed_grad_output_, lanes, grad_weights_);
         const bool masked = !visibility.all_see(group, lanes);
-        differentiate_scores(transform, masked ? &mask : nullptr, tile.begin, group, lanes, block.begin, dropout);
-        add_to_keys(row, seeing, grad_outputs, weights_, key_gradients.value_rows(first), value_width_);
-        add_to_keys(row, seeing, queries, grad_scores_, key_gradients.key_rows(first), key_width_);
+        differentiate_scores(transform, masked ? &mask : nullptr, row, group, lanes, block.begin, dropout);
+        add_to_keys(seeing, weights_, grad_outputs, key_gradients.value_rows(first), value_width_);
+        add_to_keys(seeing, grad_scores_, queries, key_gradients.key_rows(first), key_width_);
       }
-      add_to_queries(visibility, tile, key_rows);
+      add_to_queries(visibility, tile, right_keys);
     }
     auto grad_query = at<T>(params_.grad_query, batch, head, block.begin);
     for (int64_t i = 0; i < block.size(); ++i) {
@@ -105,23 +122,24 @@ class BackwardBlock {
   }
 
  private:
-  /// Brings two rows more of what the next block of queries will need into the cache, as in the forward pass.
+  /// Brings a few rows more of what the next block of queries will need into the cache, as in the forward pass.
   void prefetch_next(int64_t batch, int64_t head) {
-    for (int i = 0; i < 2; ++i, ++next_query_, ++next_key_) {
+    const int64_t kv_head = params_.kv_head(head);
+    for (int64_t i = 0; i < next_rows_; ++i, ++next_query_, ++next_key_) {
       if (next_query_ < params_.queries) {
         prefetch(at<T>(params_.query, batch, head, next_query_), params_.key_dim);
         prefetch(at<T>(params_.grad_output, batch, head, next_query_), params_.value_dim);
         prefetch(at<T>(params_.output, batch, head, next_query_), params_.value_dim);
       }
       if (next_key_ < params_.keys()) {
-        prefetch(at<T>(params_.key, batch, params_.kv_head(head), next_key_), params_.key_dim);
-        prefetch(at<T>(params_.value, batch, params_.kv_head(head), next_key_), params_.value_dim);
+        prefetch(at<T>(params_.key, batch, kv_head, next_key_), params_.key_dim);
+        prefetch(at<T>(params_.value, batch, kv_head, next_key_), params_.value_dim);
       }
     }
   }
 
   /// logsumexp_ (times log2 e) and delta_ of the block. Lanes beyond the last query get lse = inf, hence weight 0.
-  void load_statistics(int64_t batch, int64_t head, Range block, RowMajor<const Acc> grad_outputs) {
+  void load_statistics(int64_t batch, int64_t head, Range block) {
     const int64_t first = (batch * params_.heads + head) * params_.queries + block.begin;
     const auto logsumexp = static_cast<const Acc*>(params_.logsumexp) + first;
     const auto grad_logsumexp = static_cast<const Acc*>(params_.grad_logsumexp);
@@ -130,6 +148,9 @@ class BackwardBlock {
     const auto output = load_rows(
         at<T>(output_view, batch, head, block.begin), output_view.position_stride, block.size(), params_.value_dim,
         output_rows_);
+    const auto grad_outputs = load_rows(
+        at<T>(params_.grad_output, batch, head, block.begin), params_.grad_output.position_stride, block.size(),
+        params_.value_dim, grad_output_rows_);
     for (int64_t i = 0; i < block.size(); ++i) {
       Vec<Acc> product(Acc(0));
       for (int64_t d = 0; d < value_width_; d += vector) {
@@ -148,24 +169,25 @@ class BackwardBlock {
 
   /// products[key][lane] = <row, packed column> for a group of keys and the lanes given.
   void multiply_group(
-      const Acc* packed,
-      int64_t depth,
-      RowMajor<const Acc> rows,
+      RowMajor<const M> rows,
       int64_t row,
       int64_t keys,
+      int64_t dim,
+      const M* packed,
       Range lanes,
       Acc* products) {
-    StoreTo<Acc> target{{products + row * lanes_, lanes_}};
-    multiply<Acc>(
-        lanes.begin / vector, lanes.end / vector, depth, LeftRows<Acc>({rows.row(row), rows.row_stride}, keys),
+    StoreTo<Acc> target{{products, lanes_}};
+    multiply<M>(
+        lanes.begin / vector, lanes.end / vector, steps<M>(dim), LeftRows<M>({rows.row(row), rows.row_stride}, keys),
         {packed, lanes_}, target);
   }
 
-  /// From products to gradients: weights_ (of the values, dropout applied), grad_scores_, and sums of dz * z.
+  /// From products to gradients, for a group of keys: weights_ (of the values, dropout applied), grad_scores_ in both
+  /// forms, and the sums of dz * z. `first_row` is the group's place in the tile.
   void differentiate_scores(
-      const ScoreTransform<Acc>& transform,
+      const ScoreTransform<M>& transform,
       const TileMask<Acc>* mask,
-      int64_t tile_begin,
+      int64_t first_row,
       Range group,
       Range lanes,
       int64_t first_query,
@@ -177,132 +199,154 @@ class BackwardBlock {
       const Vec<Acc> logsumexp = Vec<Acc>::loadu(logsumexp_ + lane);
       const Vec<Acc> delta = Vec<Acc>::loadu(delta_ + lane);
       Vec<Acc> temperature = Vec<Acc>::loadu(temperature_ + lane);
-      for (int64_t key = group.begin; key < group.end; ++key) {
-        if (drops && (key == group.begin || key % Dropout::group == 0)) dropout.draw(key, first_query + lane);
-        const int64_t row = key - tile_begin;
-        Acc* const weight_place = weights_ + row * lanes_ + lane;
-        Acc* const grad_place = grad_scores_ + row * lanes_ + lane;
-        const Vec<Acc> z = transform(Vec<Acc>::loadu(weight_place));
-        const Vec<Acc> weight = exp2(z - logsumexp);
-        Vec<Acc> grad_weight = Vec<Acc>::loadu(grad_place);
-        Vec<Acc> value_weight = weight;
-        if (drops) {
-          grad_weight = dropout.keep(grad_weight, key);
-          value_weight = dropout.keep(weight * inverse_keep, key);
+      for (int64_t step = 0; step < steps<M>(group.size()); ++step) {
+        Vec<Acc> grad_scores[terms];
+        for (int64_t term = 0; term < terms; ++term) {
+          const int64_t row = step * terms + term;
+          const int64_t key = group.begin + row;
+          grad_scores[term] = zero;
+          if (terms > 1 && key >= group.end) continue;
+          const Vec<Acc> z = transform(Vec<Acc>::loadu(scores_ + row * lanes_ + lane));
+          Vec<Acc> weight = exp2(z - logsumexp);
+          Vec<Acc> grad_weight = Vec<Acc>::loadu(grad_weights_ + row * lanes_ + lane);
+          Vec<Acc> value_weight = weight;
+          if (drops) {
+            if (row == 0 || key % Dropout::group == 0) dropout.draw(key, first_query + lane);
+            grad_weight = dropout.keep(grad_weight * inverse_keep, key);
+            value_weight = dropout.keep(weight * inverse_keep, key);
+          }
+          const Vec<Acc> grad_z = weight * (grad_weight - delta);
+          Vec<Acc> share = grad_z * z;
+          grad_scores[term] = grad_z * transform.derivative(z);
+          if (mask != nullptr) {
+            share = mask->select(share, zero, first_row + row, lane);
+            value_weight = mask->select(value_weight, zero, first_row + row, lane);
+            grad_scores[term] = mask->select(grad_scores[term], zero, first_row + row, lane);
+          }
+          temperature = temperature + share;
+          Multiplicand<M>::store_neighbours(value_weight, weights_ + row * lane_steps() + lane / terms);
+          Multiplicand<M>::store_neighbours(grad_scores[term], grad_scores_ + row * lane_steps() + lane / terms);
         }
-        const Vec<Acc> grad_z = weight * (grad_weight - delta);
-        Vec<Acc> share = grad_z * z;
-        Vec<Acc> grad_score = grad_z * transform.derivative(z);
-        if (mask != nullptr) {
-          share = mask->select(share, zero, row, lane);
-          value_weight = mask->select(value_weight, zero, row, lane);
-          grad_score = mask->select(grad_score, zero, row, lane);
-        }
-        temperature = temperature + share;
-        value_weight.store(weight_place);
-        grad_score.store(grad_place);
+        Multiplicand<M>::store(grad_scores, grad_scores_by_query_ + (first_row / terms + step) * lanes_ + lane);
       }
       temperature.store(temperature_ + lane);
     }
   }
 
-  /// sums[key] += sum over the queries of scores[key][query] * rows[query]. Rows of `sums` beyond the last key are
+  /// sums[key] += sum over the queries of left[key][query] * right[query]. Rows of `sums` beyond the last key are
   /// overwritten with anything.
-  void add_to_keys(
-      int64_t row,
-      Range queries,
-      RowMajor<const Acc> rows,
-      const Acc* scores,
-      RowMajor<Acc> sums,
-      int64_t width) {
+  void add_to_keys(Range queries, const M* left, RowMajor<const M> right, RowMajor<Acc> sums, int64_t width) {
+    const Range depth = steps<M>(queries);
     AddTo<Acc> target{sums};
-    multiply<Acc>(
-        0, width / vector, queries.size(), LeftRows<Acc>({scores + row * lanes_ + queries.begin, lanes_}, tile_rows),
-        {rows.row(queries.begin), rows.row_stride}, target);
+    multiply<M>(
+        0, width / vector, depth.size(), LeftRows<M>({left + depth.begin, lane_steps()}, tile_rows),
+        {right.row(depth.begin), right.row_stride}, target);
   }
 
-  void add_to_queries(const Visibility& visibility, Range tile, RowMajor<const Acc> key_rows) {
+  void add_to_queries(const Visibility& visibility, Range tile, RowMajor<const M> keys) {
     for (int64_t lane = 0; lane < lanes_; lane += tile_rows) {
       const Range seen = visibility.of_queries(lane, lane + tile_rows, tile);
-      const int64_t skipped = seen.begin - tile.begin;
+      const Range depth = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
       AddTo<Acc> target{{grad_query_ + lane * key_width_, key_width_}};
-      multiply<Acc>(
-          0, key_width_ / vector, seen.size(), LeftColumns<Acc>{grad_scores_ + skipped * lanes_ + lane, lanes_},
-          {key_rows.row(skipped), key_rows.row_stride}, target);
+      multiply<M>(
+          0, key_width_ / vector, depth.size(),
+          LeftColumns<M>{grad_scores_by_query_ + depth.begin * lanes_ + lane, lanes_},
+          {keys.row(depth.begin), keys.row_stride}, target);
     }
   }
+
+  int64_t lane_steps() const { return lanes_ / terms; }
 
   const AttentionParams& params_;
   const int64_t key_width_;
   const int64_t value_width_;
   Scratch<Acc> scratch_;
-  Acc* packed_query_;       // [key_dim][lanes]
-  Acc* packed_grad_output_; // [value_dim][lanes]
-  Acc* weights_;            // [key_block][lanes]: products, then weights
-  Acc* grad_scores_;        // [key_block][lanes]
-  Acc* query_rows_;         // [query_block][key_width]
-  Acc* grad_query_;         // [query_block][key_width]
-  Acc* grad_output_rows_;   // [query_block][value_width]
-  Acc* output_rows_;        // [query_block][value_width]
-  Acc* key_rows_;           // [key_block][key_width]
-  Acc* value_rows_;         // [key_block][value_width]
-  int64_t next_query_ = 0;  // to prefetch
+  // Of a block of queries:
+  M* packed_query_;       // [steps(key_dim)][lanes]
+  M* packed_grad_output_; // [steps(value_dim)][lanes]
+  // Of a group of keys:
+  Acc* scores_;       // [tile_rows][lanes], products
+  Acc* grad_weights_; // [tile_rows][lanes]
+  M* weights_;        // [tile_rows][steps(lanes)]
+  M* grad_scores_;    // [tile_rows][steps(lanes)]
+  // Of a tile of keys:
+  M* grad_scores_by_query_; // [steps(key_block)][lanes]
+  // Rows of tensors, where they can't be read in place:
+  M* query_left_;          // [query_block][key_width]
+  M* query_right_;         // [query_block][key_width]
+  Acc* grad_query_;        // [query_block][key_width]
+  M* grad_output_left_;    // [query_block][value_width]
+  M* grad_output_right_;   // [query_block][value_width]
+  Acc* grad_output_rows_;  // [query_block][value_width]
+  Acc* output_rows_;       // [query_block][value_width]
+  M* key_left_;            // [key_block][key_width]
+  M* key_right_;           // [key_block][key_width]
+  M* value_left_;          // [key_block][value_width]
+  int64_t next_query_ = 0; // to prefetch
   int64_t next_key_ = 0;
-  int64_t lanes_ = 0; // queries of this block, in whole vectors
-  Acc logsumexp_[query_block];
+  int64_t next_rows_ = 0;      // of each, between two tiles
+  int64_t lanes_ = 0;          // queries of this block, in whole vectors
+  Acc logsumexp_[query_block]; // times log2 e
   Acc delta_[query_block];
   Acc temperature_[query_block]; // sums of dz * z * log2 e
 };
 
-} // namespace
-
-void backward(
+/// One chunk of queries, of all heads that share a key head.
+template <typename T>
+void run_chunk(
     const AttentionParams& params,
     const BackwardSchedule& schedule,
-    void* workspace,
-    int64_t begin,
-    int64_t end) {
+    int64_t batch_kv_head,
+    int64_t chunk,
+    BackwardBlock<T>& block,
+    KeyGradients<T>& key_gradients) {
   const int64_t group = params.heads / params.kv_heads;
+  const int64_t batch = batch_kv_head / params.kv_heads;
+  const int64_t first_head = batch_kv_head % params.kv_heads * group;
+  const auto temperature_share = [&](int64_t head) -> double& {
+    return params.grad_temperature[(batch * params.heads + head) * schedule.chunks + chunk];
+  };
+  if (params.grad_temperature != nullptr) {
+    for (int64_t head = first_head; head < first_head + group; ++head) temperature_share(head) = 0;
+  }
+  key_gradients.start(batch_kv_head, chunk);
+  const Range queries = schedule.queries_of(chunk);
+  for (int64_t first = queries.begin; first < queries.end; first += query_block) {
+    const Range rows{first, std::min(first + query_block, queries.end)};
+    key_gradients.advance_to(params.window.keys_of(rows));
+    for (int64_t head = first_head; head < first_head + group; ++head) {
+      const double share = block.run(batch, head, rows, key_gradients);
+      if (params.grad_temperature != nullptr) temperature_share(head) += share;
+    }
+  }
+  key_gradients.finish();
+}
+
+} // namespace
+
+void backward(const AttentionParams& params, const BackwardSchedule& schedule, void* workspace, Tasks& tasks) {
   with_scalar_type(params.dtype, [&](auto type) {
     using T = decltype(type);
     BackwardBlock<T> block(params);
     KeyGradients<T> key_gradients(params, schedule, static_cast<acc_type<T>*>(workspace));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t batch_kv_head = task / schedule.chunks;
-      const int64_t chunk = task % schedule.chunks;
-      const int64_t batch = batch_kv_head / params.kv_heads;
-      const int64_t first_head = batch_kv_head % params.kv_heads * group;
-      const auto temperature_share = [&](int64_t head) -> double& {
-        return params.grad_temperature[(batch * params.heads + head) * schedule.chunks + chunk];
-      };
-      if (params.grad_temperature != nullptr) {
-        for (int64_t head = first_head; head < first_head + group; ++head) temperature_share(head) = 0;
+    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
+      for (int64_t task = run.begin; task < run.end; ++task) {
+        run_chunk(params, schedule, task / schedule.chunks, task % schedule.chunks, block, key_gradients);
       }
-      key_gradients.start(batch_kv_head, chunk);
-      const Range queries = schedule.queries_of(chunk);
-      for (int64_t first = queries.begin; first < queries.end; first += query_block) {
-        const Range rows{first, std::min(first + query_block, queries.end)};
-        key_gradients.advance_to(params.window.keys_of(rows));
-        for (int64_t head = first_head; head < first_head + group; ++head) {
-          const double share = block.run(batch, head, rows, key_gradients);
-          if (params.grad_temperature != nullptr) temperature_share(head) += share;
-        }
-      }
-      key_gradients.finish();
     }
   });
 }
 
-void merge(
-    const AttentionParams& params,
-    const BackwardSchedule& schedule,
-    const void* workspace,
-    int64_t begin,
-    int64_t end) {
+void merge(const AttentionParams& params, const BackwardSchedule& schedule, const void* workspace, Tasks& tasks) {
   with_scalar_type(params.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t task = begin; task < end; ++task) {
-      merge_shares<T>(params, schedule, static_cast<const acc_type<T>*>(workspace), task);
+    const int64_t pieces = schedule.merge_pieces();
+    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
+      for (int64_t task = run.begin; task < run.end; ++task) {
+        merge_shares<T>(
+            params, schedule, static_cast<const acc_type<T>*>(workspace), task / pieces,
+            schedule.keys_of_piece(task % pieces));
+      }
     }
   });
 }

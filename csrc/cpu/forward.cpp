@@ -23,33 +23,37 @@ namespace {
 
 template <typename T>
 class ForwardBlock {
+  using M = multiplicand_type<T>;
   using Acc = acc_type<T>;
+  static constexpr int64_t terms = Multiplicand<M>::terms;
   static constexpr int64_t vector = Vec<Acc>::size();
   static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
+  static constexpr bool weights_in_place = std::is_same_v<M, Acc>; // each one takes the place of its score
 
  public:
   explicit ForwardBlock(const AttentionParams& params)
       : params_(params),
         value_width_(padded<Acc>(params.value_dim)),
         scratch_(
-            Scratch<Acc>::rounded(params.key_dim * query_block) + Scratch<Acc>::rounded(query_block * value_width_) +
-            Scratch<Acc>::rounded(key_block * query_block) +
+            Scratch<Acc>::rounded(steps<M>(params.key_dim) * query_block) +
+            Scratch<Acc>::rounded(query_block * value_width_) + 2 * Scratch<Acc>::rounded(key_block * query_block) +
             Scratch<Acc>::rounded(std::max(key_block, query_block) * padded<Acc>(params.key_dim)) +
             Scratch<Acc>::rounded(key_block * value_width_)),
-        packed_query_(scratch_.take(params.key_dim * query_block)),
+        packed_query_(scratch_.template take<M>(steps<M>(params.key_dim) * query_block)),
         output_(scratch_.take(query_block * value_width_)),
         scores_(scratch_.take(key_block * query_block)),
-        rows_(scratch_.take(std::max(key_block, query_block) * padded<Acc>(params.key_dim))),
-        value_rows_(scratch_.take(key_block * value_width_)) {}
+        weights_(weights_in_place ? reinterpret_cast<M*>(scores_) : scratch_.template take<M>(key_block * query_block)),
+        rows_(scratch_.template take<M>(std::max(key_block, query_block) * padded<Acc>(params.key_dim))),
+        value_rows_(scratch_.template take<M>(key_block * value_width_)) {}
 
   void run(int64_t batch, int64_t head, Range block) {
     lanes_ = padded<Acc>(block.size());
-    const ScoreTransform<Acc> transform(params_, head);
+    const ScoreTransform<M> transform(params_, head);
     const Visibility visibility(params_.window, block);
-    const auto queries = load_rows(
+    const auto queries = left_rows(
         at<T>(params_.query, batch, head, block.begin), params_.query.position_stride, block.size(), params_.key_dim,
         rows_);
-    pack_columns(queries, block.size(), params_.key_dim, lanes_, transform.query_factor, packed_query_);
+    pack_columns(queries, block.size(), steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
     std::fill_n(output_, lanes_ * value_width_, Acc(0));
     std::fill_n(maximum_, lanes_, -infinity);
     std::fill_n(reference_, lanes_, -infinity);
@@ -59,6 +63,7 @@ class ForwardBlock {
     const Range keys = params_.window.keys_of(block);
     next_query_ = block.end;
     next_key_ = keys.end;
+    next_rows_ = ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1));
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
       compute_scores(batch, head, transform, visibility, tile);
@@ -69,14 +74,18 @@ class ForwardBlock {
   }
 
  private:
-  /// Brings two rows more of what the next block of queries will need into the cache: called between tiles, so that the
-  /// memory is never waited for. (It saves a tenth of the time.)
+  /// Brings a few rows more of what the next block of queries will need into the cache: called between tiles, so that
+  /// memory is seldom waited for. (It saves a tenth of the time, with narrow windows a third.)
   void prefetch_next(int64_t batch, int64_t head) {
-    for (int i = 0; i < 2; ++i, ++next_query_, ++next_key_) {
-      if (next_query_ < params_.queries) prefetch(at<T>(params_.query, batch, head, next_query_), params_.key_dim);
+    const int64_t kv_head = params_.kv_head(head);
+    for (int64_t i = 0; i < next_rows_; ++i, ++next_query_, ++next_key_) {
+      if (next_query_ < params_.queries) {
+        prefetch(at<T>(params_.query, batch, head, next_query_), params_.key_dim);
+        prefetch<T, true>(at<T>(params_.output, batch, head, next_query_), params_.value_dim);
+      }
       if (next_key_ < params_.keys()) {
-        prefetch(at<T>(params_.key, batch, params_.kv_head(head), next_key_), params_.key_dim);
-        prefetch(at<T>(params_.value, batch, params_.kv_head(head), next_key_), params_.value_dim);
+        prefetch(at<T>(params_.key, batch, kv_head, next_key_), params_.key_dim);
+        prefetch(at<T>(params_.value, batch, kv_head, next_key_), params_.value_dim);
       }
     }
   }
@@ -85,6 +94,7 @@ class ForwardBlock {
   struct StoreScores {
     RowMajor<Acc> scores;
     Acc* maximum;
+    Acc factor;
 
     template <int C>
     void start(int64_t, Tile<Acc, C>& tile) const {
@@ -100,6 +110,7 @@ class ForwardBlock {
         Vec<Acc> column = Vec<Acc>::loadu(largest + c * vector);
         WMHA_UNROLL
         for (int r = 0; r < tile_rows; ++r) {
+          if constexpr (ScoreTransform<M>::scales_products) tile[r][c] = tile[r][c] * Vec<Acc>(factor);
           column = larger(tile[r][c], column);
           tile[r][c].store(rows.row(r) + c * vector);
         }
@@ -112,36 +123,37 @@ class ForwardBlock {
   void compute_scores(
       int64_t batch,
       int64_t head,
-      const ScoreTransform<Acc>& transform,
+      const ScoreTransform<M>& transform,
       const Visibility& visibility,
       Range tile) {
-    const auto keys = load_rows(
+    const auto keys = left_rows(
         at<T>(params_.key, batch, params_.kv_head(head), tile.begin), params_.key.position_stride, tile.size(),
         params_.key_dim, rows_);
     const TileMask<Acc> mask(visibility, tile);
+    const int64_t depth = steps<M>(params_.key_dim);
     Range seeing{0, 0};
     for (int64_t key = tile.begin; key < tile.end; key += tile_rows) {
       const Range group{key, std::min(key + tile_rows, tile.end)};
       prefetch_next(batch, head);
       seeing = visibility.of_keys(group, seeing);
       const Range lanes{seeing.begin / vector * vector, padded<Acc>(seeing.end)};
-      const LeftRows<Acc> left({keys.row(key - tile.begin), keys.row_stride}, group.size());
+      const LeftRows<M> left({keys.row(key - tile.begin), keys.row_stride}, group.size());
       const RowMajor<Acc> scores{scores_ + (key - tile.begin) * lanes_, lanes_};
       const bool masked = !visibility.all_see(group, lanes);
       if (masked || transform.cap > 0) {
         StoreTo<Acc> target{scores};
-        multiply<Acc>(lanes.begin / vector, lanes.end / vector, params_.key_dim, left, {packed_query_, lanes_}, target);
+        multiply<M>(lanes.begin / vector, lanes.end / vector, depth, left, {packed_query_, lanes_}, target);
         finish_scores(transform, masked ? &mask : nullptr, scores, key - tile.begin, group.size(), lanes);
       } else {
-        StoreScores target{scores, maximum_};
-        multiply<Acc>(lanes.begin / vector, lanes.end / vector, params_.key_dim, left, {packed_query_, lanes_}, target);
+        StoreScores target{scores, maximum_, transform.factor};
+        multiply<M>(lanes.begin / vector, lanes.end / vector, depth, left, {packed_query_, lanes_}, target);
       }
     }
   }
 
   /// From products to scores, the unseen ones -inf, and to maximum_. `first` is relative to the tile.
   void finish_scores(
-      const ScoreTransform<Acc>& transform,
+      const ScoreTransform<M>& transform,
       const TileMask<Acc>* mask,
       RowMajor<Acc> scores,
       int64_t first,
@@ -166,6 +178,7 @@ class ForwardBlock {
   /// From scores to weights 2^(score - reference), and to their sums. The reference is the largest score so far;
   /// rescale_ becomes the factor for what was summed up under the one before.
   void compute_weights(const Visibility& visibility, Range tile, int64_t first_query, DropoutLanes<Acc>& dropout) {
+    const bool drops = params_.dropout.enabled();
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
       const Range seen = visibility.of_queries(lane, lane + vector, tile);
       const Vec<Acc> maximum = Vec<Acc>::loadu(maximum_ + lane);
@@ -173,23 +186,23 @@ class ForwardBlock {
       const Vec<Acc> reference = Vec<Acc>::blendv(maximum, Vec<Acc>(Acc(0)), maximum == Vec<Acc>(-infinity));
       const Vec<Acc> rescale = exp2(Vec<Acc>::loadu(reference_ + lane) - reference);
       Vec<Acc> sum = Vec<Acc>::loadu(sum_ + lane) * rescale;
-      if (params_.dropout.enabled()) {
-        for (int64_t key = seen.begin; key < seen.end;) {
-          dropout.draw(key, first_query + lane);
-          for (const int64_t end = std::min((key / Dropout::group + 1) * Dropout::group, seen.end); key < end; ++key) {
-            Acc* score = scores_ + (key - tile.begin) * lanes_ + lane;
-            const Vec<Acc> weight = exp2(Vec<Acc>::loadu(score) - reference);
-            sum = sum + weight;
-            dropout.keep(weight, key).store(score);
+      const Range rows{seen.begin - tile.begin, seen.end - tile.begin};
+      const Range range = steps<M>(rows);
+      for (int64_t step = range.begin; step < range.end; ++step) {
+        Vec<Acc> weights[terms];
+        for (int64_t term = 0; term < terms; ++term) {
+          const int64_t row = step * terms + term;
+          weights[term] = Vec<Acc>(Acc(0));
+          if (terms > 1 && (row < rows.begin || row >= rows.end)) continue;
+          weights[term] = exp2(Vec<Acc>::loadu(scores_ + row * lanes_ + lane) - reference);
+          sum = sum + weights[term];
+          if (drops) {
+            const int64_t key = tile.begin + row;
+            if (row == rows.begin || key % Dropout::group == 0) dropout.draw(key, first_query + lane);
+            weights[term] = dropout.keep(weights[term], key);
           }
         }
-      } else {
-        for (int64_t key = seen.begin; key < seen.end; ++key) {
-          Acc* score = scores_ + (key - tile.begin) * lanes_ + lane;
-          const Vec<Acc> weight = exp2(Vec<Acc>::loadu(score) - reference);
-          sum = sum + weight;
-          weight.store(score);
-        }
+        Multiplicand<M>::store(weights, weights_ + step * lanes_ + lane);
       }
       reference.store(reference_ + lane);
       sum.store(sum_ + lane);
@@ -219,16 +232,16 @@ class ForwardBlock {
 
   /// output_[lane] = rescale_[lane] * output_[lane] + sum over keys of weight * value
   void add_values(int64_t batch, int64_t head, const Visibility& visibility, Range tile) {
-    const auto values = load_rows(
+    const auto values = right_rows(
         at<T>(params_.value, batch, params_.kv_head(head), tile.begin), params_.value.position_stride, tile.size(),
-        params_.value_dim, value_rows_);
+        {0, tile.size()}, params_.value_dim, value_rows_);
     for (int64_t lane = 0; lane < lanes_; lane += tile_rows) {
       const Range seen = visibility.of_queries(lane, lane + tile_rows, tile);
-      const int64_t skipped = seen.begin - tile.begin;
+      const Range depth = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
       RescaleAndAdd target{{output_ + lane * value_width_, value_width_}, rescale_ + lane};
-      multiply<Acc>(
-          0, value_width_ / vector, seen.size(), LeftColumns<Acc>{scores_ + skipped * lanes_ + lane, lanes_},
-          {values.row(skipped), values.row_stride}, target);
+      multiply<M>(
+          0, value_width_ / vector, depth.size(), LeftColumns<M>{weights_ + depth.begin * lanes_ + lane, lanes_},
+          {values.row(depth.begin), values.row_stride}, target);
     }
   }
 
@@ -253,14 +266,16 @@ class ForwardBlock {
   const AttentionParams& params_;
   const int64_t value_width_;
   Scratch<Acc> scratch_;
-  Acc* packed_query_;      // [key_dim][lanes]
+  M* packed_query_;        // [steps(key_dim)][lanes]
   Acc* output_;            // [lanes][value_width]
   Acc* scores_;            // [key_block][lanes]
-  Acc* rows_;              // [query_block or key_block][padded key_dim]
-  Acc* value_rows_;        // [key_block][value_width]
+  M* weights_;             // [steps(key_block)][lanes], or scores_
+  M* rows_;                // [query_block or key_block][padded key_dim]
+  M* value_rows_;          // [steps(key_block)][value_width]
   int64_t next_query_ = 0; // to prefetch
   int64_t next_key_ = 0;
-  int64_t lanes_ = 0; // queries of this block, in whole vectors
+  int64_t next_rows_ = 0; // of each, between two tiles
+  int64_t lanes_ = 0;     // queries of this block, in whole vectors
   alignas(64) Acc maximum_[query_block];
   Acc reference_[query_block];
   Acc sum_[query_block];
@@ -270,15 +285,17 @@ class ForwardBlock {
 
 } // namespace
 
-void forward(const AttentionParams& params, int64_t begin, int64_t end) {
+void forward(const AttentionParams& params, Tasks& tasks) {
   with_scalar_type(params.dtype, [&](auto type) {
     ForwardBlock<decltype(type)> block(params);
     const int64_t blocks = ceil_div(params.queries, query_block);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t batch_head = task / blocks;
-      const int64_t first = task % blocks * query_block;
-      block.run(
-          batch_head / params.heads, batch_head % params.heads, {first, std::min(first + query_block, params.queries)});
+    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
+      for (int64_t task = run.begin; task < run.end; ++task) {
+        const int64_t batch_head = task / blocks;
+        const int64_t first = task % blocks * query_block;
+        const Range queries{first, std::min(first + query_block, params.queries)};
+        block.run(batch_head / params.heads, batch_head % params.heads, queries);
+      }
     }
   });
 }

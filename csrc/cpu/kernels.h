@@ -1,7 +1,8 @@
 // The CPU kernels, once per instruction set. Plain C++: they know no torch and no threads.
 //
-// Every function works on tasks [begin, end) of a number that depends on the problem's shape alone. Tasks are
-// independent and write to disjoint memory, so any thread may run any of them and the result is bitwise the same.
+// Every function takes tasks until there are none; any number of threads may call it with the same Tasks. What the
+// tasks are depends on the problem's shape alone. They are independent and write to disjoint memory, so any thread may
+// run any of them and the result is bitwise the same.
 #pragma once
 
 #include "../params.h"
@@ -10,26 +11,18 @@
 namespace wmha::cpu {
 
 /// output and logsumexp. Tasks: forward_tasks(params).
-using ForwardKernel = void (*)(const AttentionParams& params, int64_t begin, int64_t end);
+using ForwardKernel = void (*)(const AttentionParams& params, Tasks& tasks);
 
 /// grad_query, and grad_key and grad_value of the keys that are private to a chunk; the shares of all other keys go to
 /// `workspace` (schedule.workspace_size() elements of acc, uninitialised). The temperature's gradient goes to
 /// params.grad_temperature as one share for each (batch, head, chunk). Tasks: schedule.tasks().
-using BackwardKernel = void (*)(
-    const AttentionParams& params,
-    const BackwardSchedule& schedule,
-    void* workspace,
-    int64_t begin,
-    int64_t end);
+using BackwardKernel =
+    void (*)(const AttentionParams& params, const BackwardSchedule& schedule, void* workspace, Tasks& tasks);
 
 /// After all of BackwardKernel: grad_key and grad_value of all other keys, from the shares in chunk order.
-/// Tasks: params.batch * params.kv_heads.
-using MergeKernel = void (*)(
-    const AttentionParams& params,
-    const BackwardSchedule& schedule,
-    const void* workspace,
-    int64_t begin,
-    int64_t end);
+/// Tasks: schedule.merge_tasks().
+using MergeKernel =
+    void (*)(const AttentionParams& params, const BackwardSchedule& schedule, const void* workspace, Tasks& tasks);
 
 struct Kernels {
   ForwardKernel forward;
@@ -46,6 +39,9 @@ extern const Kernels kernels;
 }
 namespace AVX512 {
 extern const Kernels kernels;
+}
+namespace AVX512_BF16 {
+extern const Kernels kernels; // for bf16 tensors alone
 }
 #endif
 

@@ -119,18 +119,20 @@ class KeyGradients {
   int64_t end_ = 0;
 };
 
-/// grad_key and grad_value of every key that isn't private to a chunk: the sum of its shares in chunk order, or zero.
+/// grad_key and grad_value of those of the keys that aren't private to a chunk: the sum of their shares in chunk order,
+/// or zero.
 template <typename T>
 void merge_shares(
     const AttentionParams& params,
     const BackwardSchedule& schedule,
     const acc_type<T>* workspace,
-    int64_t batch_kv_head) {
+    int64_t batch_kv_head,
+    Range keys) {
   using Acc = acc_type<T>;
   Scratch<Acc> scratch(Scratch<Acc>::rounded(schedule.row));
   Acc* sum = scratch.take(schedule.row);
   int64_t first_chunk = 0; // no earlier chunk sees this key or a later one
-  for (int64_t key = 0; key < params.keys(); ++key) {
+  for (int64_t key = keys.begin; key < keys.end; ++key) {
     while (first_chunk < schedule.chunks && schedule.keys_of(first_chunk).end <= key) ++first_chunk;
     if (first_chunk < schedule.chunks) {
       const Range own = schedule.private_keys_of(first_chunk);

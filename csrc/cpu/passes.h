@@ -5,20 +5,8 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-void forward(const AttentionParams& params, int64_t begin, int64_t end);
-
-void backward(
-    const AttentionParams& params,
-    const BackwardSchedule& schedule,
-    void* workspace,
-    int64_t begin,
-    int64_t end);
-
-void merge(
-    const AttentionParams& params,
-    const BackwardSchedule& schedule,
-    const void* workspace,
-    int64_t begin,
-    int64_t end);
+void forward(const AttentionParams& params, Tasks& tasks);
+void backward(const AttentionParams& params, const BackwardSchedule& schedule, void* workspace, Tasks& tasks);
+void merge(const AttentionParams& params, const BackwardSchedule& schedule, const void* workspace, Tasks& tasks);
 
 } // namespace wmha::cpu::CPU_CAPABILITY

@@ -16,10 +16,6 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-/// The type of the arithmetic: fp64 for fp64, fp32 for all others.
-template <typename T>
-using acc_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 /// n, rounded up to whole vectors of T.
 template <typename T>
 constexpr int64_t padded(int64_t n) {
@@ -39,10 +35,13 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(begin_); }
 
-  T* take(int64_t elements) {
+  /// A piece for elements of T, or of another type M of the same size.
+  template <typename M = T>
+  M* take(int64_t elements) {
+    static_assert(sizeof(M) == sizeof(T));
     T* piece = end_;
     end_ += rounded(elements);
-    return piece;
+    return reinterpret_cast<M*>(piece);
   }
 
   /// What a piece of so many elements takes.
@@ -64,11 +63,11 @@ auto at(const TensorView<Pointer>& view, int64_t batch, int64_t head, int64_t po
   return static_cast<Element*>(view.data) + view.offset(batch, head, position);
 }
 
-/// Brings a row into the second cache.
-template <typename T>
+/// Brings a row into the second cache, to be read or (for_writing) overwritten.
+template <typename T, bool for_writing = false>
 void prefetch(const T* row, int64_t dim) {
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d, 0, 2);
+  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d, for_writing, 2);
 }
 
 inline at::vec::Vectorized<float> load_as_float(const c10::BFloat16* source) {
@@ -91,11 +90,22 @@ at::vec::Vectorized<T> round_to(at::vec::Vectorized<float> low, at::vec::Vectori
     return at::vec::convert_float_bfloat16(low, high);
 }
 
-/// rows x dim elements at `source` (row stride `stride`) as rows of whole vectors, zeros behind each row. Points at the
-/// source itself where it already is that; else copies into `scratch` (rows x padded(dim)).
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+/// The first `count` (at most 16) elements of two rows as pairs; zeros behind them, and for a row that is null.
+inline void interleave(const c10::BFloat16* low, const c10::BFloat16* high, int64_t count, BFloat16Pair* pairs) {
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  const auto load = [&](const c10::BFloat16* row) {
+    return _mm512_cvtepu16_epi32(row == nullptr ? _mm256_setzero_si256() : _mm256_maskz_loadu_epi16(mask, row));
+  };
+  _mm512_storeu_si512(pairs, _mm512_or_si512(load(low), _mm512_slli_epi32(load(high), 16)));
+}
+#endif
+
+/// rows x dim elements at `source` (row stride `stride`) in the type of the arithmetic, as rows of whole vectors, zeros
+/// behind each row. Points at the source itself where it already is that; else copies into `scratch`
+/// (rows x padded(dim)).
 template <typename T, typename Acc>
 RowMajor<const Acc> load_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, Acc* scratch) {
-  using Vec = at::vec::Vectorized<Acc>;
   const int64_t width = padded<Acc>(dim);
   if constexpr (std::is_same_v<T, Acc>) {
     if (width == dim) return {source, stride};
@@ -105,7 +115,7 @@ RowMajor<const Acc> load_rows(const T* source, int64_t stride, int64_t rows, int
     Acc* to = scratch + r * width;
     int64_t d = 0;
     if constexpr (!std::is_same_v<T, Acc>) {
-      for (; d + Vec::size() <= dim; d += Vec::size()) { load_as_float(from + d).store(to + d); }
+      for (; d + Vec<Acc>::size() <= dim; d += Vec<Acc>::size()) load_as_float(from + d).store(to + d);
     }
     for (; d < dim; ++d) to[d] = static_cast<Acc>(from[d]);
     for (; d < width; ++d) to[d] = Acc(0);
@@ -113,16 +123,59 @@ RowMajor<const Acc> load_rows(const T* source, int64_t stride, int64_t rows, int
   return {scratch, width};
 }
 
-/// The same rows as columns: packed[d][r] = factor * rows[r][d], zeros for r in [count, lanes).
-template <typename Acc>
-void pack_columns(RowMajor<const Acc> rows, int64_t count, int64_t dim, int64_t lanes, Acc factor, Acc* packed) {
-  at::vec::transpose_mxn<Acc>(
-      rows.data, rows.row_stride, packed, lanes, static_cast<int>(count), static_cast<int>(dim));
-  for (int64_t d = 0; d < dim; ++d) {
-    Acc* row = packed + d * lanes;
-    std::fill(row + count, row + lanes, Acc(0));
-    for (int64_t lane = 0; lane < lanes; lane += Vec<Acc>::size()) {
-      (Vec<Acc>::loadu(row + lane) * Vec<Acc>(factor)).store(row + lane);
+/// The rows as a left operand, multiplicands along `dim`: [rows][steps(dim)].
+template <typename M, typename T>
+RowMajor<const M> left_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, M* scratch) {
+  if constexpr (Multiplicand<M>::terms == 1) {
+    return load_rows(source, stride, rows, dim, scratch);
+  } else {
+    if (dim % 2 == 0 && stride % 2 == 0) return {reinterpret_cast<const M*>(source), stride / 2};
+    const int64_t width = steps<M>(dim);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* to = reinterpret_cast<T*>(scratch + r * width);
+      std::copy_n(source + r * stride, dim, to);
+      if (dim % 2 != 0) to[dim] = T(0);
+    }
+    return {scratch, width};
+  }
+}
+
+/// The rows as a right operand, multiplicands of neighbouring rows: [steps(rows)][padded(dim)]. Rows that share a
+/// multiplicand with others but aren't `used` become zeros: whatever they hold, it has no part in a sum.
+template <typename M, typename T>
+RowMajor<const M> right_rows(const T* source, int64_t stride, int64_t rows, Range used, int64_t dim, M* scratch) {
+  if constexpr (Multiplicand<M>::terms == 1) {
+    return load_rows(source, stride, rows, dim, scratch);
+  } else {
+    const int64_t width = padded<float>(dim);
+    const auto row = [&](int64_t r) { return used.begin <= r && r < used.end ? source + r * stride : nullptr; };
+    for (int64_t r = 0; r < rows; r += 2) {
+      const T* low = row(r);
+      const T* high = row(r + 1);
+      for (int64_t d = 0; d < dim; d += Vec<float>::size()) {
+        const int64_t count = std::min<int64_t>(dim - d, Vec<float>::size());
+        interleave(low ? low + d : low, high ? high + d : high, count, scratch + r / 2 * width + d);
+      }
+    }
+    return {scratch, width};
+  }
+}
+
+/// A left operand turned into a right one: packed[step][r] = factor * rows[r][step], zeros for r in [count, lanes).
+/// factor: 1 unless M is a number.
+template <typename M, typename Acc>
+void pack_columns(RowMajor<const M> rows, int64_t count, int64_t depth, int64_t lanes, Acc factor, M* packed) {
+  static_assert(sizeof(M) == sizeof(Acc));
+  at::vec::transpose_mxn<Acc>( // moves bits
+      reinterpret_cast<const Acc*>(rows.data), rows.row_stride, reinterpret_cast<Acc*>(packed), lanes,
+      static_cast<int>(count), static_cast<int>(depth));
+  for (int64_t d = 0; d < depth; ++d) {
+    M* row = packed + d * lanes;
+    std::fill(row + count, row + lanes, M{});
+    if constexpr (std::is_same_v<M, Acc>) {
+      for (int64_t lane = 0; lane < lanes; lane += Vec<Acc>::size()) {
+        (Vec<Acc>::loadu(row + lane) * Vec<Acc>(factor)).store(row + lane);
+      }
     }
   }
 }
@@ -142,15 +195,19 @@ void store_row(const Acc* source, int64_t dim, Acc factor, T* target) {
   for (; d < dim; ++d) target[d] = static_cast<T>(factor * source[d]);
 }
 
-/// Calls function(T()) with the element type of the tensors.
+/// Calls function(T()) with the element type of the tensors: one that this instruction set is for.
 template <typename Function>
-void with_scalar_type(ScalarType dtype, const Function& function) {
+void with_scalar_type([[maybe_unused]] ScalarType dtype, const Function& function) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  function(c10::BFloat16());
+#else
   switch (dtype) {
     case ScalarType::Double: return function(double());
     case ScalarType::Float: return function(float());
     case ScalarType::BFloat16: return function(c10::BFloat16());
     case ScalarType::Half: return function(c10::Half());
   }
+#endif
 }
 
 } // namespace wmha::cpu::CPU_CAPABILITY

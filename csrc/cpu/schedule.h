@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "../params.h"
@@ -16,6 +17,23 @@ constexpr int64_t key_block = 96;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/// The tasks [begin, end), handed out in runs of neighbours, each task once, to any number of threads.
+class Tasks {
+ public:
+  Tasks(int64_t begin, int64_t end, int64_t run = 1) : next_(begin), end_(end), run_(run) {}
+
+  /// The next run; empty when none is left.
+  Range take() {
+    const int64_t begin = std::min(next_.fetch_add(run_, std::memory_order_relaxed), end_);
+    return {begin, std::min(begin + run_, end_)};
+  }
+
+ private:
+  std::atomic<int64_t> next_;
+  const int64_t end_;
+  const int64_t run_;
+};
+
 /// One task: one block of queries of one head.
 inline int64_t forward_tasks(const AttentionParams& params) {
   return params.batch * params.heads * ceil_div(params.queries, query_block);
@@ -29,6 +47,13 @@ inline int64_t forward_tasks(const AttentionParams& params) {
 ///   keys of 1            [==:...........:==]                  . private: written by the chunk itself
 ///   keys of 2                         [==:.............]      = shared: through the workspace
 struct BackwardSchedule {
+  static constexpr int64_t long_chunk = 1024; // queries
+  static constexpr int64_t short_chunk = 480;
+  static constexpr int64_t least_tasks = 32;
+  static constexpr int64_t wanted_tasks = 64;
+  static constexpr int64_t wanted_wide_tasks = 8;
+  static constexpr int64_t merge_piece = 128; // keys
+
   int64_t batch_kv_heads;
   int64_t queries;
   int64_t chunk; // queries
@@ -43,16 +68,17 @@ struct BackwardSchedule {
         queries(params.queries),
         row(params.key_dim + params.value_dim),
         window(params.window) {
-    // Enough chunks for many cores, but each at least twice as long as the window, so that few keys are shared; where
-    // the window is too wide for that, still a few, since memory is a multiple of their number.
-    constexpr int64_t wanted_tasks = 64;
-    constexpr int64_t wanted_wide_tasks = 8;
-    constexpr int64_t shortest_chunk = 10 * query_block;
+    // Long chunks share few keys; but there should be enough for many cores. Where the window is too wide for that,
+    // there are still a few, since memory is a multiple of their number.
     const int64_t heads = std::max<int64_t>(batch_kv_heads, 1);
+    const int64_t window2 = saturating_add(widest_window(), widest_window());
     const int64_t wide_chunk = ceil_div(queries, ceil_div(wanted_wide_tasks, heads));
-    chunk = std::max(ceil_div(queries, ceil_div(wanted_tasks, heads)), shortest_chunk);
-    chunk = std::max(chunk, std::min(saturating_add(widest_window(), widest_window()), wide_chunk));
-    chunk = ceil_div(chunk, query_block) * query_block;
+    chunk = std::max(long_chunk, saturating_add(window2, window2));
+    if (ceil_div(queries, chunk) * heads < least_tasks) {
+      chunk = std::max(short_chunk, std::min(window2, wide_chunk));
+    }
+    chunk = std::max(chunk, ceil_div(queries, ceil_div(wanted_tasks, heads)));
+    chunk = ceil_div(std::min(chunk, std::max<int64_t>(queries, 1)), query_block) * query_block;
     chunks = ceil_div(queries, chunk);
     for (int64_t c = 0; c < chunks; ++c) {
       most_keys = std::max(most_keys, keys_of(c).size());
@@ -60,8 +86,16 @@ struct BackwardSchedule {
     }
   }
 
+  /// One task: one chunk of queries of the heads that share a key head.
   int64_t tasks() const { return batch_kv_heads * chunks; }
   int64_t workspace_size() const { return tasks() * most_shared * row; }
+
+  /// One task: a piece of the keys of one key head.
+  int64_t merge_tasks() const { return batch_kv_heads * merge_pieces(); }
+  int64_t merge_pieces() const { return ceil_div(window.keys, merge_piece); }
+  Range keys_of_piece(int64_t piece) const {
+    return {piece * merge_piece, std::min(window.keys, (piece + 1) * merge_piece)};
+  }
 
   Range queries_of(int64_t c) const { return {c * chunk, std::min(queries, (c + 1) * chunk)}; }
   Range keys_of(int64_t c) const { return window.keys_of(queries_of(c)); }

@@ -12,10 +12,14 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-/// From products of keys and scaled queries to z * log2 e, z = softcap(scale * <q, k>) / temperature, and back.
-template <typename Acc>
+/// From products of keys and queries to z * log2 e, z = softcap(scale * <q, k>) / temperature, and back. Queries are
+/// scaled before the product where that doesn't round them, else the products are.
+template <typename M>
 struct ScoreTransform {
-  Acc query_factor;    // what queries are scaled by, so that a product is z * log2 e or the argument of tanh
+  using Acc = typename Multiplicand<M>::Sum;
+  static constexpr bool scales_products = !std::is_same_v<M, Acc>;
+
+  Acc factor;          // of queries or products, so that a product is z * log2 e or the argument of tanh
   Acc cap;             // softcap / temperature * log2 e; 0: off
   Acc gradient_factor; // d z / d <q, k>, the derivative of tanh left out
   double inverse_temperature;
@@ -28,11 +32,14 @@ struct ScoreTransform {
     inverse_temperature = 1 / temperature;
     gradient_factor = static_cast<Acc>(params.scale / temperature);
     cap = static_cast<Acc>(params.softcap / temperature * log2_of_e);
-    query_factor =
+    factor =
         static_cast<Acc>(params.softcap > 0 ? params.scale / params.softcap : params.scale / temperature * log2_of_e);
   }
 
-  Vec<Acc> operator()(Vec<Acc> product) const { return cap > 0 ? Vec<Acc>(cap) * product.tanh() : product; }
+  Vec<Acc> operator()(Vec<Acc> product) const {
+    if constexpr (scales_products) product = product * Vec<Acc>(factor);
+    return cap > 0 ? Vec<Acc>(cap) * product.tanh() : product;
+  }
 
   /// d z / d <q, k> at a score z * log2 e.
   Vec<Acc> derivative(Vec<Acc> score) const {
@@ -55,9 +62,8 @@ struct Visibility {
   Range of_queries(int64_t begin, int64_t end, Range tile) const {
     const int64_t last = std::min(end, queries) - 1;
     if (last < begin) return {tile.begin, tile.begin};
-    const int64_t from = std::max(keys[begin].begin, tile.begin);
-    const int64_t to = std::min(keys[last].end, tile.end);
-    return {std::min(from, to), to};
+    const int64_t from = std::clamp(keys[begin].begin, tile.begin, tile.end);
+    return {from, std::clamp(keys[last].end, from, tile.end)};
   }
 
   /// The queries that see at least one of the keys, given those of earlier keys.
@@ -67,7 +73,15 @@ struct Visibility {
     return {std::min(earlier.begin, earlier.end), earlier.end};
   }
 
-  /// Do all queries from the vector of lanes of `seeing.begin` to that of its end see all of the keys?
+  /// The queries that see at least one key.
+  Range seeing() const {
+    Range range{0, queries};
+    while (range.begin < range.end && keys[range.begin].size() == 0) ++range.begin;
+    while (range.end > range.begin && keys[range.end - 1].size() == 0) --range.end;
+    return range;
+  }
+
+  /// Do all queries among the lanes see all of the keys?
   bool all_see(Range tile, Range lanes) const {
     const int64_t last = std::min(lanes.end, queries) - 1;
     return keys[last].begin <= tile.begin && tile.end <= keys[lanes.begin].end;

@@ -9,15 +9,12 @@
 //   x depth   +---------+---------+---------+
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>
-
 #include <algorithm>
 #include <cstdint>
 
-namespace wmha::cpu::CPU_CAPABILITY {
+#include "multiplicands.h"
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
+namespace wmha::cpu::CPU_CAPABILITY {
 
 // As many rows as fit the registers beside three vectors of the right operand and one broadcast element of the left:
 // 24 + 4 of 32 with AVX-512, 12 + 4 of 16 elsewhere. Divides the length of every vector.
@@ -45,61 +42,63 @@ struct RowMajor {
 
 /// A left operand that lies in rows. Rows beyond the last one repeat it, so that a tile reads no memory that isn't
 /// there.
-template <typename T>
+template <typename M>
 struct LeftRows {
-  const T* row[tile_rows];
+  const M* row[tile_rows];
 
-  LeftRows(RowMajor<const T> matrix, int64_t rows) {
+  LeftRows(RowMajor<const M> matrix, int64_t rows) {
     for (int64_t r = 0; r < tile_rows; ++r) row[r] = matrix.row(std::min(r, rows - 1));
   }
-  T operator()(int r, int64_t t) const { return row[r][t]; }
+  M operator()(int r, int64_t t) const { return row[r][t]; }
 };
 
 /// A left operand that lies in columns: element (r, t) at data[t * stride + r].
-template <typename T>
+template <typename M>
 struct LeftColumns {
-  const T* data;
+  const M* data;
   int64_t stride;
 
-  T operator()(int r, int64_t t) const { return data[t * stride + r]; }
+  M operator()(int r, int64_t t) const { return data[t * stride + r]; }
 };
 
 /// One tile. target.start(vector, tile) gives the sums' first values, target.finish(vector, tile) takes them. Not
 /// inlined: in a larger function the compiler would keep some of the sums in memory.
-template <typename T, int C, typename Left, typename Target>
+template <typename M, int C, typename Left, typename Target>
 [[gnu::noinline]] void multiply_tile(
     int64_t vector,
     int64_t depth,
     Left left,
-    RowMajor<const T> right,
+    RowMajor<const M> right,
     Target& target) {
-  Tile<T, C> tile;
+  using Step = Multiplicand<M>;
+  using Sum = typename Step::Sum;
+  Tile<Sum, C> tile;
   target.start(vector, tile);
-  const T* columns = right.data + vector * Vec<T>::size();
+  const M* columns = right.data + vector * Vec<Sum>::size();
   for (int64_t t = 0; t < depth; ++t, columns += right.row_stride) {
-    Vec<T> column[C];
+    decltype(Step::load(columns)) column[C];
     WMHA_UNROLL
-    for (int c = 0; c < C; ++c) column[c] = Vec<T>::loadu(columns + c * Vec<T>::size());
+    for (int c = 0; c < C; ++c) column[c] = Step::load(columns + c * Vec<Sum>::size());
     WMHA_UNROLL
     for (int r = 0; r < tile_rows; ++r) {
-      const Vec<T> element(left(r, t));
+      const auto element = Step::broadcast(left(r, t));
       WMHA_UNROLL
-      for (int c = 0; c < C; ++c) tile[r][c] = at::vec::fmadd(element, column[c], tile[r][c]);
+      for (int c = 0; c < C; ++c) tile[r][c] = Step::multiply_add(element, column[c], tile[r][c]);
     }
   }
   target.finish(vector, tile);
 }
 
-/// A row of tiles: the product of tile_rows rows of `left` (depth wide) and the vectors [begin, end) of the columns of
-/// `right` (depth high). The order of summation over depth is the same for every element.
-template <typename T, typename Left, typename Target>
-void multiply(int64_t begin, int64_t end, int64_t depth, const Left& left, RowMajor<const T> right, Target& target) {
+/// A row of tiles: the product of tile_rows rows of `left` (depth steps wide) and the vectors [begin, end) of the
+/// columns of `right` (depth steps high). The order of summation over depth is the same for every element.
+template <typename M, typename Left, typename Target>
+void multiply(int64_t begin, int64_t end, int64_t depth, const Left& left, RowMajor<const M> right, Target& target) {
   while (begin < end) {
     const int64_t rest = end - begin;
     const int64_t width = rest == 4 ? 2 : std::min<int64_t>(rest, tile_vectors); // 2 + 2 runs faster than 3 + 1
-    if (width == 3) multiply_tile<T, 3>(begin, depth, left, right, target);
-    if (width == 2) multiply_tile<T, 2>(begin, depth, left, right, target);
-    if (width == 1) multiply_tile<T, 1>(begin, depth, left, right, target);
+    if (width == 3) multiply_tile<M, 3>(begin, depth, left, right, target);
+    if (width == 2) multiply_tile<M, 2>(begin, depth, left, right, target);
+    if (width == 1) multiply_tile<M, 1>(begin, depth, left, right, target);
     begin += width;
   }
 }

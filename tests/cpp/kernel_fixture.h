@@ -22,14 +22,17 @@ inline double tolerance(ScalarType dtype) {
   }
 }
 
-/// Forward, backward and merge, each in one piece. Kernels are only called for at least one task.
+/// Forward, backward and merge, each in one piece.
 inline void run(const wmha::cpu::Kernels& kernels, Problem& problem) {
   const AttentionParams& params = problem.params;
-  if (wmha::cpu::forward_tasks(params) > 0) kernels.forward(params, 0, wmha::cpu::forward_tasks(params));
+  Tasks forward(0, wmha::cpu::forward_tasks(params));
+  kernels.forward(params, forward);
   const BackwardSchedule schedule(params);
   Tensor workspace = make_workspace(problem, schedule);
-  if (schedule.tasks() > 0) kernels.backward(params, schedule, workspace.data(), 0, schedule.tasks());
-  if (schedule.batch_kv_heads > 0) kernels.merge(params, schedule, workspace.data(), 0, schedule.batch_kv_heads);
+  Tasks backward(0, schedule.tasks());
+  kernels.backward(params, schedule, workspace.data(), backward);
+  Tasks merge(0, schedule.merge_tasks());
+  kernels.merge(params, schedule, workspace.data(), merge);
   EXPECT_TRUE(workspace.surroundings_untouched());
 }
 
@@ -122,9 +125,11 @@ inline std::string dtype_name(ScalarType dtype) {
 }
 
 inline auto every_kernel() {
-  return testing::Combine(
-      testing::ValuesIn(instruction_sets()),
-      testing::Values(ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half));
+  std::vector<std::tuple<InstructionSet, ScalarType>> kernels;
+  for (const InstructionSet& set : instruction_sets()) {
+    for (const ScalarType dtype : set.dtypes) kernels.emplace_back(set, dtype);
+  }
+  return testing::ValuesIn(kernels);
 }
 
 inline std::string kernel_name(const testing::TestParamInfo<Kernels::ParamType>& info) {

@@ -23,6 +23,7 @@ using wmha::AttentionParams;
 using wmha::Range;
 using wmha::ScalarType;
 using wmha::cpu::BackwardSchedule;
+using wmha::cpu::Tasks;
 
 inline ScalarType acc_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -305,6 +306,7 @@ struct InstructionSet {
   const char* name;
   const wmha::cpu::Kernels* kernels;
   bool supported; // by this CPU
+  std::vector<ScalarType> dtypes = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 };
 
 inline std::vector<InstructionSet> instruction_sets() {
@@ -315,6 +317,8 @@ inline std::vector<InstructionSet> instruction_sets() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   sets.push_back({"AVX2", &wmha::cpu::AVX2::kernels, avx2});
   sets.push_back({"AVX512", &wmha::cpu::AVX512::kernels, avx512});
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  sets.push_back({"AVX512BF16", &wmha::cpu::AVX512_BF16::kernels, avx512_bf16, {ScalarType::BFloat16}});
 #endif
   return sets;
 }

@@ -139,7 +139,8 @@ TEST_P(KernelPromises, PassNaNOnToThoseWhoSeeIt) {
   const Case c = {.name = "NaN", .heads = 1, .kv_heads = 1, .queries = 70, .keys = 70, .left = 4, .right = 2};
   Problem problem(dtype(), c);
   problem.key.set(0, 0, 30, 0, std::numeric_limits<double>::quiet_NaN());
-  kernels().forward(problem.params, 0, wmha::cpu::forward_tasks(problem.params));
+  Tasks tasks(0, wmha::cpu::forward_tasks(problem.params));
+  kernels().forward(problem.params, tasks);
   for (int64_t i = 0; i < c.queries; ++i) {
     if (reference::sees(problem.params.window, i, 30)) {
       EXPECT_TRUE(std::isnan(problem.output.get(0, 0, i, 0))) << "query " << i;
@@ -241,19 +242,19 @@ TEST_P(KernelPromises, GiveTheSameBitsHoweverTheTasksAreSplit) {
       }
       ASSERT_GT(ranges.size(), 1) << "nothing to split";
       std::shuffle(ranges.begin(), ranges.end(), random);
-      for (const Range& range : ranges) call(range.begin, range.end);
+      for (const Range& range : ranges) {
+        Tasks tasks(range.begin, range.end);
+        call(tasks);
+      }
     };
-    in_pieces(wmha::cpu::forward_tasks(pieces.params), [&](int64_t begin, int64_t end) {
-      kernels().forward(pieces.params, begin, end);
-    });
+    in_pieces(wmha::cpu::forward_tasks(pieces.params), [&](Tasks& tasks) { kernels().forward(pieces.params, tasks); });
     const BackwardSchedule schedule(pieces.params);
     Tensor workspace = make_workspace(pieces, schedule);
-    in_pieces(schedule.tasks(), [&](int64_t begin, int64_t end) {
-      kernels().backward(pieces.params, schedule, workspace.data(), begin, end);
+    in_pieces(
+        schedule.tasks(), [&](Tasks& tasks) { kernels().backward(pieces.params, schedule, workspace.data(), tasks); });
+    in_pieces(schedule.merge_tasks(), [&](Tasks& tasks) {
+      kernels().merge(pieces.params, schedule, workspace.data(), tasks);
     });
-    for (int64_t task = schedule.batch_kv_heads - 1; task >= 0; --task) {
-      kernels().merge(pieces.params, schedule, workspace.data(), task, task + 1);
-    }
     for (size_t t = 0; t < whole.outputs().size(); ++t) {
       EXPECT_TRUE(pieces.outputs()[t]->bitwise_equal(*whole.outputs()[t])) << "tensor " << t;
     }

@@ -2,7 +2,6 @@
 // whose runtime it can't see into.
 #include <gtest/gtest.h>
 
-#include <atomic>
 #include <thread>
 
 #include "problem.h"
@@ -11,30 +10,25 @@ namespace {
 
 using namespace testing_wmha;
 
-/// Runs call(task, task + 1) for all tasks, handed out one by one.
-template <typename Call>
-void on_threads(int threads, int64_t tasks, const Call& call) {
-  std::atomic<int64_t> next{0};
+/// Runs kernel(tasks) on some threads at once.
+template <typename Kernel>
+void on_threads(int threads, int64_t count, const Kernel& kernel) {
+  Tasks tasks(0, count);
   std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
-    pool.emplace_back([&] {
-      for (int64_t task = next++; task < tasks; task = next++) call(task, task + 1);
-    });
-  }
+  for (int t = 0; t < threads; ++t) pool.emplace_back([&] { kernel(tasks); });
   for (std::thread& thread : pool) thread.join();
 }
 
 void run(const wmha::cpu::Kernels& kernels, Problem& problem, int threads) {
-  on_threads(threads, wmha::cpu::forward_tasks(problem.params), [&](int64_t begin, int64_t end) {
-    kernels.forward(problem.params, begin, end);
-  });
+  on_threads(
+      threads, wmha::cpu::forward_tasks(problem.params), [&](Tasks& tasks) { kernels.forward(problem.params, tasks); });
   const BackwardSchedule schedule(problem.params);
   Tensor workspace = make_workspace(problem, schedule);
-  on_threads(threads, schedule.tasks(), [&](int64_t begin, int64_t end) {
-    kernels.backward(problem.params, schedule, workspace.data(), begin, end);
+  on_threads(threads, schedule.tasks(), [&](Tasks& tasks) {
+    kernels.backward(problem.params, schedule, workspace.data(), tasks);
   });
-  on_threads(threads, schedule.batch_kv_heads, [&](int64_t begin, int64_t end) {
-    kernels.merge(problem.params, schedule, workspace.data(), begin, end);
+  on_threads(threads, schedule.merge_tasks(), [&](Tasks& tasks) {
+    kernels.merge(problem.params, schedule, workspace.data(), tasks);
   });
 }
 
@@ -42,7 +36,7 @@ class Threads : public testing::TestWithParam<InstructionSet> {};
 
 TEST_P(Threads, GiveTheSameBitsAsOne) {
   if (!GetParam().supported) GTEST_SKIP() << "this CPU has no " << GetParam().name;
-  for (const ScalarType dtype : {ScalarType::Float, ScalarType::BFloat16}) {
+  for (const ScalarType dtype : GetParam().dtypes) {
     for (const Case& c : std::initializer_list<Case>{
              {.name = "narrow",
               .batch = 2,
