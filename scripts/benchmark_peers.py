@@ -40,6 +40,7 @@ def flex(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
         return (query >= key) & (query - key <= case.reach)
 
     mask = create_block_mask(sees, None, None, case.length, case.length, device=device)
+    torch._dynamo.reset()  # it stops to compile one function for ever more shapes
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 

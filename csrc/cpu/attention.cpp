@@ -115,7 +115,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
   params.output = view<void*>(output);
   params.logsumexp = logsumexp.data_ptr();
   const cpu::Kernels& kernels = kernels_for(params.dtype);
-  run_tasks(cpu::forward_tasks(params), [&](cpu::Tasks& tasks) { kernels.forward(params, tasks); });
+  if (cpu::DecodeSchedule::applies(params)) {
+    const cpu::DecodeSchedule schedule(params);
+    const at::Tensor workspace = at::empty({schedule.workspace_size()}, logsumexp.options());
+    run_tasks(
+        schedule.tasks(), [&](cpu::Tasks& tasks) { kernels.decode(params, schedule, workspace.data_ptr(), tasks); });
+    run_tasks(schedule.merge_tasks(), [&](cpu::Tasks& tasks) {
+      kernels.merge_decode(params, schedule, workspace.const_data_ptr(), tasks);
+    });
+  } else {
+    run_tasks(cpu::forward_tasks(params), [&](cpu::Tasks& tasks) { kernels.forward(params, tasks); });
+  }
   return {output, logsumexp, rng_state};
 }
 
@@ -183,7 +193,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
   run_tasks(
       schedule.tasks(), [&](cpu::Tasks& tasks) { kernels.backward(params, schedule, workspace.data_ptr(), tasks); });
   run_tasks(schedule.merge_tasks(), [&](cpu::Tasks& tasks) {
-    kernels.merge(params, schedule, workspace.const_data_ptr(), tasks);
+    kernels.merge_backward(params, schedule, workspace.const_data_ptr(), tasks);
   });
   if (options.temperature_tensor_.has_value()) {
     sum_temperature_shares(shares, params.heads, schedule.chunks, grad_temperature);

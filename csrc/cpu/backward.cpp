@@ -337,7 +337,11 @@ void backward(const AttentionParams& params, const BackwardSchedule& schedule, v
   });
 }
 
-void merge(const AttentionParams& params, const BackwardSchedule& schedule, const void* workspace, Tasks& tasks) {
+void merge_backward(
+    const AttentionParams& params,
+    const BackwardSchedule& schedule,
+    const void* workspace,
+    Tasks& tasks) {
   with_scalar_type(params.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t pieces = schedule.merge_pieces();

@@ -172,9 +172,6 @@ class ForwardBlock {
     }
   }
 
-  /// The larger one of each pair, or the score if that is NaN.
-  static Vec<Acc> larger(Vec<Acc> score, Vec<Acc> other) { return at::vec::clamp_min(score, other); }
-
   /// From scores to weights 2^(score - reference), and to their sums. The reference is the largest score so far;
   /// rescale_ becomes the factor for what was summed up under the one before.
   void compute_weights(const Visibility& visibility, Range tile, int64_t first_query, DropoutLanes<Acc>& dropout) {

@@ -5,6 +5,6 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-const Kernels kernels{forward, backward, merge};
+const Kernels kernels{forward, decode, merge_decode, backward, merge_backward};
 
 } // namespace wmha::cpu::CPU_CAPABILITY

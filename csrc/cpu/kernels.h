@@ -10,24 +10,30 @@
 
 namespace wmha::cpu {
 
-/// output and logsumexp. Tasks: forward_tasks(params).
-using ForwardKernel = void (*)(const AttentionParams& params, Tasks& tasks);
-
-/// grad_query, and grad_key and grad_value of the keys that are private to a chunk; the shares of all other keys go to
-/// `workspace` (schedule.workspace_size() elements of acc, uninitialised). The temperature's gradient goes to
-/// params.grad_temperature as one share for each (batch, head, chunk). Tasks: schedule.tasks().
-using BackwardKernel =
-    void (*)(const AttentionParams& params, const BackwardSchedule& schedule, void* workspace, Tasks& tasks);
-
-/// After all of BackwardKernel: grad_key and grad_value of all other keys, from the shares in chunk order.
-/// Tasks: schedule.merge_tasks().
-using MergeKernel =
-    void (*)(const AttentionParams& params, const BackwardSchedule& schedule, const void* workspace, Tasks& tasks);
-
 struct Kernels {
-  ForwardKernel forward;
-  BackwardKernel backward;
-  MergeKernel merge;
+  /// output and logsumexp. Tasks: forward_tasks(params).
+  void (*forward)(const AttentionParams& params, Tasks& tasks);
+
+  /// The same where DecodeSchedule::applies(params), in two steps: states of splits of the keys in `workspace`
+  /// (schedule.workspace_size() elements of acc, uninitialised), tasks: schedule.tasks(); then output and logsumexp,
+  /// tasks: schedule.merge_tasks().
+  void (*decode)(const AttentionParams& params, const DecodeSchedule& schedule, void* workspace, Tasks& tasks);
+  void (*merge_decode)(
+      const AttentionParams& params,
+      const DecodeSchedule& schedule,
+      const void* workspace,
+      Tasks& tasks);
+
+  /// grad_query, and grad_key and grad_value of the keys that are private to a chunk; the shares of all other keys go
+  /// to `workspace` (schedule.workspace_size() elements of acc, uninitialised). The temperature's gradient goes to
+  /// params.grad_temperature as one share for each (batch, head, chunk). Tasks: schedule.tasks(). Then grad_key and
+  /// grad_value of all other keys, from the shares in chunk order; tasks: schedule.merge_tasks().
+  void (*backward)(const AttentionParams& params, const BackwardSchedule& schedule, void* workspace, Tasks& tasks);
+  void (*merge_backward)(
+      const AttentionParams& params,
+      const BackwardSchedule& schedule,
+      const void* workspace,
+      Tasks& tasks);
 };
 
 namespace DEFAULT {

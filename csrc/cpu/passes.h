@@ -6,7 +6,13 @@
 namespace wmha::cpu::CPU_CAPABILITY {
 
 void forward(const AttentionParams& params, Tasks& tasks);
+void decode(const AttentionParams& params, const DecodeSchedule& schedule, void* workspace, Tasks& tasks);
+void merge_decode(const AttentionParams& params, const DecodeSchedule& schedule, const void* workspace, Tasks& tasks);
 void backward(const AttentionParams& params, const BackwardSchedule& schedule, void* workspace, Tasks& tasks);
-void merge(const AttentionParams& params, const BackwardSchedule& schedule, const void* workspace, Tasks& tasks);
+void merge_backward(
+    const AttentionParams& params,
+    const BackwardSchedule& schedule,
+    const void* workspace,
+    Tasks& tasks);
 
 } // namespace wmha::cpu::CPU_CAPABILITY

@@ -39,6 +39,55 @@ inline int64_t forward_tasks(const AttentionParams& params) {
   return params.batch * params.heads * ceil_div(params.queries, query_block);
 }
 
+/// The forward pass of few queries cuts the keys that they see into splits. Each leaves a state for each query, its
+/// softmax's reference and sum and Dv sums of values, in a workspace; merge_decode() makes one of them.
+struct DecodeSchedule {
+  static constexpr int64_t most_rows = 8;        // beyond, blocks of queries are faster
+  static constexpr int64_t wanted_tasks = 64;    // for many cores
+  static constexpr int64_t shortest_split = 256; // keys
+
+  int64_t batch_kv_heads;
+  int64_t batch_heads;
+  int64_t queries;
+  int64_t rows;  // queries of the heads that share a key head
+  int64_t state; // elements of one
+  int64_t splits;
+  Range keys; // that at least one query sees
+
+  static bool applies(const AttentionParams& params) {
+    return params.kv_heads > 0 && params.queries > 0 && params.heads / params.kv_heads * params.queries <= most_rows;
+  }
+
+  /// Precondition: applies(params).
+  explicit DecodeSchedule(const AttentionParams& params)
+      : batch_kv_heads(params.batch * params.kv_heads),
+        batch_heads(params.batch * params.heads),
+        queries(params.queries),
+        rows(params.heads / params.kv_heads * params.queries),
+        state(params.value_dim + 2),
+        keys(params.window.keys_of(Range{0, params.queries})) {
+    const int64_t most = ceil_div(keys.size(), shortest_split);
+    splits = std::clamp<int64_t>(
+        ceil_div(wanted_tasks, std::max<int64_t>(batch_kv_heads, 1)), 1, std::max<int64_t>(most, 1));
+  }
+
+  /// One task: one split of one key head.
+  int64_t tasks() const { return batch_kv_heads * splits; }
+  int64_t workspace_size() const { return merge_tasks() * splits * state; }
+
+  /// One task: one query of one head.
+  int64_t merge_tasks() const { return batch_heads * queries; }
+
+  Range keys_of(int64_t split) const {
+    return {keys.begin + keys.size() * split / splits, keys.begin + keys.size() * (split + 1) / splits};
+  }
+
+  /// The state that a split leaves for a query of head `batch_head` = batch * Hq + head.
+  int64_t state_offset(int64_t batch_head, int64_t query, int64_t split) const {
+    return ((batch_head * queries + query) * splits + split) * state;
+  }
+};
+
 /// The backward pass cuts the queries into chunks. A chunk adds up grad_key and grad_value of all keys it sees. Keys
 /// near its ends are seen by its neighbours too: their sums go to a workspace, and merge() adds them in chunk order.
 ///

@@ -49,6 +49,12 @@ struct ScoreTransform {
   }
 };
 
+/// The larger one of each pair, or the score if that is NaN.
+template <typename Acc>
+Vec<Acc> larger(Vec<Acc> score, Vec<Acc> other) {
+  return at::vec::clamp_min(score, other);
+}
+
 /// The keys that each query of a block sees. Queries beyond the last see none.
 struct Visibility {
   Range keys[query_block];

@@ -22,7 +22,7 @@ inline double tolerance(ScalarType dtype) {
   }
 }
 
-/// Forward, backward and merge, each in one piece.
+/// Forward and backward, each in one piece.
 inline void run(const wmha::cpu::Kernels& kernels, Problem& problem) {
   const AttentionParams& params = problem.params;
   Tasks forward(0, wmha::cpu::forward_tasks(params));
@@ -32,7 +32,18 @@ inline void run(const wmha::cpu::Kernels& kernels, Problem& problem) {
   Tasks backward(0, schedule.tasks());
   kernels.backward(params, schedule, workspace.data(), backward);
   Tasks merge(0, schedule.merge_tasks());
-  kernels.merge(params, schedule, workspace.data(), merge);
+  kernels.merge_backward(params, schedule, workspace.data(), merge);
+  EXPECT_TRUE(workspace.surroundings_untouched());
+}
+
+/// Forward by the path of few queries.
+inline void decode(const wmha::cpu::Kernels& kernels, Problem& problem) {
+  const DecodeSchedule schedule(problem.params);
+  Tensor workspace = make_workspace(problem, schedule);
+  Tasks splits(0, schedule.tasks());
+  kernels.decode(problem.params, schedule, workspace.data(), splits);
+  Tasks merge(0, schedule.merge_tasks());
+  kernels.merge_decode(problem.params, schedule, workspace.data(), merge);
   EXPECT_TRUE(workspace.surroundings_untouched());
 }
 
@@ -70,6 +81,12 @@ class Kernels : public testing::TestWithParam<std::tuple<InstructionSet, ScalarT
     const auto expected = solve(problem, c);
     expect_close("output", problem.output, expected->output, c.slack);
     expect_close("logsumexp", problem.logsumexp, expected->logsumexp, c.slack);
+    if (DecodeSchedule::applies(problem.params)) {
+      Problem decoded(dtype(), c);
+      decode(kernels(), decoded);
+      expect_close("decoded output", decoded.output, expected->output, c.slack);
+      expect_close("decoded logsumexp", decoded.logsumexp, expected->logsumexp, c.slack);
+    }
     expect_close("grad_query", problem.grad_query, expected->grad_query, c.slack);
     expect_close("grad_key", problem.grad_key, expected->grad_key, c.slack);
     expect_close("grad_value", problem.grad_value, expected->grad_value, c.slack);

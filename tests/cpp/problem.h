@@ -23,6 +23,7 @@ using wmha::AttentionParams;
 using wmha::Range;
 using wmha::ScalarType;
 using wmha::cpu::BackwardSchedule;
+using wmha::cpu::DecodeSchedule;
 using wmha::cpu::Tasks;
 
 inline ScalarType acc_type(ScalarType dtype) {
@@ -296,8 +297,9 @@ inline std::unique_ptr<Problem> solve(const Problem& problem, Case c) {
   return solution;
 }
 
-/// Memory for the shares of a backward pass, full of NaN.
-inline Tensor make_workspace(const Problem& problem, const BackwardSchedule& schedule) {
+/// Memory for what the tasks of a schedule leave, full of NaN.
+template <typename Schedule>
+Tensor make_workspace(const Problem& problem, const Schedule& schedule) {
   return Tensor(problem.acc, 1, 1, 1, schedule.workspace_size());
 }
 

@@ -253,7 +253,7 @@ TEST_P(KernelPromises, GiveTheSameBitsHoweverTheTasksAreSplit) {
     in_pieces(
         schedule.tasks(), [&](Tasks& tasks) { kernels().backward(pieces.params, schedule, workspace.data(), tasks); });
     in_pieces(schedule.merge_tasks(), [&](Tasks& tasks) {
-      kernels().merge(pieces.params, schedule, workspace.data(), tasks);
+      kernels().merge_backward(pieces.params, schedule, workspace.data(), tasks);
     });
     for (size_t t = 0; t < whole.outputs().size(); ++t) {
       EXPECT_TRUE(pieces.outputs()[t]->bitwise_equal(*whole.outputs()[t])) << "tensor " << t;

@@ -8,7 +8,7 @@ using namespace testing_wmha;
 constexpr int64_t largest = std::numeric_limits<int64_t>::max();
 constexpr int64_t smallest = std::numeric_limits<int64_t>::min();
 constexpr int64_t query_tile = wmha::cpu::query_block;
-constexpr int64_t key_tile = 64;
+constexpr int64_t key_tile = wmha::cpu::key_block;
 constexpr int64_t feature_tile = 48; // three vectors of fp32 with AVX-512, the widest register tile
 
 /// Layouts in turn, so that tests of lengths meet all of them.
@@ -126,6 +126,31 @@ TEST_P(Kernels, KeepWithinAWindowAtAnyOffset) {
              .offset = offset});
       }
     }
+  }
+}
+
+// ---- Few queries, many keys ----
+
+TEST_P(Kernels, TakeFewQueries) {
+  for (const int64_t keys : {0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 128, 255, 256, 257, 600, 3000}) {
+    check({.name = "one", .heads = 2, .kv_heads = 2, .queries = 1, .keys = keys, .layout = layout(keys)});
+    check({.name = "group", .heads = 8, .kv_heads = 1, .queries = 1, .keys = keys, .left = 500, .right = 0});
+    check({.name = "three", .heads = 4, .kv_heads = 2, .queries = 3, .keys = keys, .left = 40, .layout = layout(keys)});
+    check(
+        {.name = "everything",
+         .batch = 2,
+         .heads = 4,
+         .kv_heads = 2,
+         .queries = 4,
+         .keys = keys,
+         .key_dim = 33,
+         .value_dim = 100,
+         .left = 300,
+         .right = 1,
+         .offset = keys - 6,
+         .softcap = 2,
+         .temperature = {0.5, 1.0, 2.0, 8.0},
+         .dropout = 0.2});
   }
 }
 

@@ -28,7 +28,7 @@ void run(const wmha::cpu::Kernels& kernels, Problem& problem, int threads) {
     kernels.backward(problem.params, schedule, workspace.data(), tasks);
   });
   on_threads(threads, schedule.merge_tasks(), [&](Tasks& tasks) {
-    kernels.merge(problem.params, schedule, workspace.data(), tasks);
+    kernels.merge_backward(problem.params, schedule, workspace.data(), tasks);
   });
 }
 

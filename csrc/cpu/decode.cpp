@@ -1,0 +1,287 @@
+// The forward pass of few queries against many keys, as in decoding with a cache. What takes the time is reading keys
+// and values, so each is read once for all queries of the heads that share it. Vectors run along features, and along
+// keys in the softmax. The keys are cut into splits, for many cores; the splits' softmaxes are merged by their
+// references and sums.
+#include <cmath>
+
+#include "passes.h"
+#include "rows.h"
+#include "scores.h"
+#include "tiles.h"
+
+namespace wmha::cpu::CPU_CAPABILITY {
+namespace {
+
+template <typename T>
+class DecodeBlock {
+  using Acc = acc_type<T>;
+  static constexpr int64_t vector = Vec<Acc>::size();
+  static constexpr int64_t tile_keys = 64;  // whose scores and values stay in the first cache
+  static constexpr int64_t keys_ahead = 32; // on their way from memory
+  static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
+
+ public:
+  DecodeBlock(const AttentionParams& params, const DecodeSchedule& schedule, Acc* workspace)
+      : params_(params),
+        schedule_(schedule),
+        workspace_(workspace),
+        key_width_(padded<Acc>(params.key_dim)),
+        value_width_(padded<Acc>(params.value_dim)),
+        scratch_(
+            Scratch<Acc>::rounded(schedule.rows * key_width_) + Scratch<Acc>::rounded(schedule.rows * value_width_) +
+            Scratch<Acc>::rounded(schedule.rows * tile_keys) + 2 * Scratch<Acc>::rounded(vector * vector) +
+            Scratch<Acc>::rounded(vector * key_width_) + Scratch<Acc>::rounded(tile_keys * value_width_)),
+        query_(scratch_.take(schedule.rows * key_width_)),
+        output_(scratch_.take(schedule.rows * value_width_)),
+        scores_(scratch_.take(schedule.rows * tile_keys)),
+        products_(scratch_.take(vector * vector)),
+        transposed_(scratch_.take(vector * vector)),
+        key_rows_(scratch_.take(vector * key_width_)),
+        value_rows_(scratch_.take(tile_keys * value_width_)) {}
+
+  void run(int64_t batch, int64_t kv_head, int64_t split) {
+    const int64_t group = params_.heads / params_.kv_heads;
+    for (int64_t row = 0; row < schedule_.rows; ++row) {
+      const int64_t head = kv_head * group + row / params_.queries;
+      load_query(row, batch, head);
+      reference_[row] = -infinity;
+      sum_[row] = 0;
+    }
+    std::fill_n(output_, schedule_.rows * value_width_, Acc(0));
+    const Range keys = schedule_.keys_of(split);
+    for (int64_t begin = keys.begin; begin < keys.end; begin += tile_keys) {
+      const Range tile{begin, std::min(begin + tile_keys, keys.end)};
+      compute_scores(batch, kv_head, tile);
+      const auto values = load_rows(
+          at<T>(params_.value, batch, kv_head, tile.begin), params_.value.position_stride, tile.size(),
+          params_.value_dim, value_rows_);
+      for (int64_t row = 0; row < schedule_.rows; ++row) {
+        const int64_t head = kv_head * group + row / params_.queries;
+        const Range seen = seen_by(row, tile);
+        compute_weights(row, batch * params_.heads + head, seen, tile);
+        add_values(row, values, {seen.begin - tile.begin, seen.end - tile.begin});
+      }
+    }
+    for (int64_t row = 0; row < schedule_.rows; ++row) {
+      const int64_t head = kv_head * group + row / params_.queries;
+      Acc* state = workspace_ + schedule_.state_offset(batch * params_.heads + head, row % params_.queries, split);
+      state[0] = reference_[row];
+      state[1] = sum_[row];
+      std::copy_n(output_ + row * value_width_, params_.value_dim, state + 2);
+    }
+  }
+
+ private:
+  void load_query(int64_t row, int64_t batch, int64_t head) {
+    const ScoreTransform<Acc> transform(params_, head);
+    const T* query = at<T>(params_.query, batch, head, row % params_.queries);
+    Acc* to = query_ + row * key_width_;
+    for (int64_t d = 0; d < key_width_; ++d) {
+      to[d] = d < params_.key_dim ? transform.factor * static_cast<Acc>(query[d]) : Acc(0);
+    }
+    cap_[row] = transform.cap;
+  }
+
+  /// The keys of the tile that the row's query sees.
+  Range seen_by(int64_t row, Range tile) const {
+    const Range seen = params_.window.keys_of(row % params_.queries);
+    const int64_t begin = std::clamp(seen.begin, tile.begin, tile.end);
+    return {begin, std::clamp(seen.end, begin, tile.end)};
+  }
+
+  /// scores_[row][key], a vector of keys at a time: each key's products are summed along the features lane by lane, and
+  /// a transpose brings the lanes together.
+  void compute_scores(int64_t batch, int64_t kv_head, Range tile) {
+    for (int64_t first = tile.begin; first < tile.end; first += vector) {
+      const int64_t count = std::min(vector, tile.end - first);
+      const auto keys = load_rows(
+          at<T>(params_.key, batch, kv_head, first), params_.key.position_stride, count, params_.key_dim, key_rows_);
+      for (int64_t key = first; key < first + count; ++key) {
+        const int64_t later = std::min(key + keys_ahead, params_.keys() - 1);
+        prefetch(at<T>(params_.key, batch, kv_head, later), params_.key_dim);
+        prefetch(at<T>(params_.value, batch, kv_head, key), params_.value_dim);
+      }
+      for (int64_t row = 0; row < schedule_.rows; ++row) {
+        sum_products(query_ + row * key_width_, keys, count);
+        Vec<Acc> score(Acc(0));
+        at::vec::transpose_mxn<Acc>(products_, vector, transposed_, vector, vector, vector);
+        for (int64_t lane = 0; lane < vector; ++lane) score = score + Vec<Acc>::loadu(transposed_ + lane * vector);
+        if (cap_[row] > 0) score = Vec<Acc>(cap_[row]) * score.tanh();
+        score.store(scores_ + row * tile_keys + (first - tile.begin));
+      }
+    }
+  }
+
+  /// products_[key][lane]: the sums of query[d] * key[d] over the features d that a lane takes.
+  void sum_products(const Acc* query, RowMajor<const Acc> keys, int64_t count) {
+    constexpr int keys_at_once = 8;
+    for (int64_t first = 0; first < vector; first += keys_at_once) {
+      const Acc* row[keys_at_once];
+      Vec<Acc> sums[keys_at_once];
+      WMHA_UNROLL
+      for (int k = 0; k < keys_at_once; ++k) {
+        row[k] = keys.row(std::min(first + k, count - 1));
+        sums[k] = Vec<Acc>(Acc(0));
+      }
+      for (int64_t d = 0; d < key_width_; d += vector) {
+        const Vec<Acc> features = Vec<Acc>::loadu(query + d);
+        WMHA_UNROLL
+        for (int k = 0; k < keys_at_once; ++k) sums[k] = at::vec::fmadd(features, Vec<Acc>::loadu(row[k] + d), sums[k]);
+      }
+      WMHA_UNROLL
+      for (int k = 0; k < keys_at_once; ++k) {
+        if (first + k < vector) sums[k].store(products_ + (first + k) * vector);
+      }
+    }
+  }
+
+  /// From scores to weights 2^(score - reference); moves the row's reference, sum and output along.
+  void compute_weights(int64_t row, int64_t batch_head, Range seen, Range tile) {
+    if (seen.size() == 0) return;
+    Acc* const scores = scores_ + row * tile_keys;
+    std::fill(scores, scores + (seen.begin - tile.begin), -infinity);
+    std::fill(scores + (seen.end - tile.begin), scores + tile_keys, -infinity);
+    Vec<Acc> largest(reference_[row]);
+    for (int64_t i = 0; i < tile_keys; i += vector) largest = larger(Vec<Acc>::loadu(scores + i), largest);
+    Acc parts[vector];
+    largest.store(parts);
+    const Acc maximum = *std::max_element(parts, parts + vector);
+    const Acc reference = maximum == -infinity ? Acc(0) : maximum; // any finite one, while there are only -inf and NaN
+    const Acc rescale = std::exp2(reference_[row] - reference);
+    Vec<Acc> sum(Acc(0));
+    for (int64_t i = 0; i < tile_keys; i += vector) {
+      const Vec<Acc> weight = exp2(Vec<Acc>::loadu(scores + i) - Vec<Acc>(reference));
+      sum = sum + weight;
+      weight.store(scores + i);
+    }
+    sum.store(parts);
+    Acc total = sum_[row] * rescale;
+    for (const Acc part : parts) total += part;
+    sum_[row] = total;
+    reference_[row] = reference;
+    Acc* const output = output_ + row * value_width_;
+    for (int64_t d = 0; d < value_width_; d += vector)
+      (Vec<Acc>::loadu(output + d) * Vec<Acc>(rescale)).store(output + d);
+    if (params_.dropout.enabled()) drop(row, batch_head, seen, tile);
+  }
+
+  void drop(int64_t row, int64_t batch_head, Range seen, Range tile) {
+    const auto seed = static_cast<uint64_t>(params_.rng_state[0]);
+    for (int64_t key = seen.begin; key < seen.end;) {
+      const PhiloxWords counter = Dropout::counter(key, row % params_.queries, batch_head, params_.rng_state[1]);
+      const PhiloxWords words =
+          philox<Dropout::rounds>(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+      const int64_t end = std::min((key / Dropout::group + 1) * Dropout::group, seen.end);
+      for (; key < end; ++key) {
+        if (!params_.dropout.keeps(words, key)) scores_[row * tile_keys + key - tile.begin] = 0;
+      }
+    }
+  }
+
+  /// output_[row] += sum over keys of weight * value
+  void add_values(int64_t row, RowMajor<const Acc> values, Range keys) {
+    constexpr int vectors = 4;
+    const Acc* const weights = scores_ + row * tile_keys;
+    Acc* const output = output_ + row * value_width_;
+    for (int64_t d = 0; d < value_width_; d += vectors * vector) {
+      const int64_t count = std::min<int64_t>(vectors, (value_width_ - d) / vector);
+      Vec<Acc> sums[vectors];
+      for (int c = 0; c < vectors; ++c) sums[c] = Vec<Acc>(Acc(0));
+      for (int64_t key = keys.begin; key < keys.end; ++key) {
+        const Acc* value = values.row(key) + d;
+        const Vec<Acc> weight(weights[key]);
+        for (int c = 0; c < vectors; ++c) {
+          if (c < count) sums[c] = at::vec::fmadd(weight, Vec<Acc>::loadu(value + c * vector), sums[c]);
+        }
+      }
+      for (int c = 0; c < count; ++c) {
+        Acc* place = output + d + c * vector;
+        (Vec<Acc>::loadu(place) + sums[c]).store(place);
+      }
+    }
+  }
+
+  const AttentionParams& params_;
+  const DecodeSchedule& schedule_;
+  Acc* workspace_;
+  const int64_t key_width_;
+  const int64_t value_width_;
+  Scratch<Acc> scratch_;
+  Acc* query_;      // [rows][key_width], scaled
+  Acc* output_;     // [rows][value_width]
+  Acc* scores_;     // [rows][tile_keys]
+  Acc* products_;   // [vector keys][vector]
+  Acc* transposed_; // [vector][vector keys]
+  Acc* key_rows_;   // [vector][key_width]
+  Acc* value_rows_; // [tile_keys][value_width]
+  Acc cap_[DecodeSchedule::most_rows];
+  Acc reference_[DecodeSchedule::most_rows];
+  Acc sum_[DecodeSchedule::most_rows];
+};
+
+/// output and logsumexp of one query, from the states of its splits.
+template <typename T>
+void merge_splits(
+    const AttentionParams& params,
+    const DecodeSchedule& schedule,
+    const acc_type<T>* workspace,
+    int64_t batch_head,
+    int64_t query,
+    acc_type<T>* sum) {
+  using Acc = acc_type<T>;
+  constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
+  const int64_t batch = batch_head / params.heads;
+  const int64_t head = batch_head % params.heads;
+  T* const output = at<T>(params.output, batch, head, query);
+  Acc& logsumexp = static_cast<Acc*>(params.logsumexp)[batch_head * params.queries + query];
+  if (params.window.keys_of(query).size() == 0) {
+    std::fill_n(output, params.value_dim, T(0));
+    logsumexp = -infinity;
+    return;
+  }
+  const auto state = [&](int64_t split) { return workspace + schedule.state_offset(batch_head, query, split); };
+  Acc reference = -infinity;
+  for (int64_t split = 0; split < schedule.splits; ++split) reference = std::max(reference, state(split)[0]);
+  Acc total = 0;
+  std::fill_n(sum, params.value_dim, Acc(0));
+  for (int64_t split = 0; split < schedule.splits; ++split) {
+    if (state(split)[0] == -infinity) continue; // sees none of the query's keys
+    const Acc factor = std::exp2(state(split)[0] - reference);
+    total += factor * state(split)[1];
+    for (int64_t d = 0; d < params.value_dim; ++d) sum[d] += factor * state(split)[2 + d];
+  }
+  store_row(sum, params.value_dim, static_cast<Acc>(params.dropout.inverse_keep) / total, output);
+  logsumexp = (reference + std::log2(total)) * static_cast<Acc>(ln_of_2);
+}
+
+} // namespace
+
+void decode(const AttentionParams& params, const DecodeSchedule& schedule, void* workspace, Tasks& tasks) {
+  with_scalar_type(params.dtype, [&](auto type) {
+    using T = decltype(type);
+    DecodeBlock<T> block(params, schedule, static_cast<acc_type<T>*>(workspace));
+    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
+      for (int64_t task = run.begin; task < run.end; ++task) {
+        const int64_t batch_kv_head = task / schedule.splits;
+        block.run(batch_kv_head / params.kv_heads, batch_kv_head % params.kv_heads, task % schedule.splits);
+      }
+    }
+  });
+}
+
+void merge_decode(const AttentionParams& params, const DecodeSchedule& schedule, const void* workspace, Tasks& tasks) {
+  with_scalar_type(params.dtype, [&](auto type) {
+    using T = decltype(type);
+    using Acc = acc_type<T>;
+    Scratch<Acc> scratch(Scratch<Acc>::rounded(params.value_dim));
+    Acc* sum = scratch.take(params.value_dim);
+    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
+      for (int64_t task = run.begin; task < run.end; ++task) {
+        merge_splits<T>(
+            params, schedule, static_cast<const Acc*>(workspace), task / params.queries, task % params.queries, sum);
+      }
+    }
+  });
+}
+
+} // namespace wmha::cpu::CPU_CAPABILITY
