@@ -166,12 +166,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose description contains this, such as 'dropout' or '4096'")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: fp32 bf16")
     parser.add_argument("--passes", nargs="+", choices=["forward", "training"], default=["forward", "training"])
-    parser.add_argument("--seconds", type=float, help="for each case, dtype and pass (default: 4; --quick: 0.5)")
+    parser.add_argument("--seconds", type=float, help="for each case, dtype and pass (default: 2; --quick: 0.3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("wmha-benchmark"), help="default: %(default)s")
     args = parser.parse_args()
-    args.seconds = args.seconds or (0.5 if args.quick else 4.0)
+    args.seconds = args.seconds or (0.3 if args.quick else 2.0)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -32,68 +32,56 @@ class BackwardBlock {
       : params_(params),
         key_width_(padded<Acc>(params.key_dim)),
         value_width_(padded<Acc>(params.value_dim)),
-        scratch_(
-            Scratch<Acc>::rounded(steps<M>(params.key_dim) * query_block) +
-            Scratch<Acc>::rounded(steps<M>(params.value_dim) * query_block) +
-            4 * Scratch<Acc>::rounded(tile_rows * query_block) + Scratch<Acc>::rounded(key_block * query_block) +
-            3 * Scratch<Acc>::rounded(query_block * key_width_) +
-            4 * Scratch<Acc>::rounded(query_block * value_width_) + 2 * Scratch<Acc>::rounded(key_block * key_width_) +
-            Scratch<Acc>::rounded(key_block * value_width_)),
-        packed_query_(scratch_.template take<M>(steps<M>(params.key_dim) * query_block)),
-        packed_grad_output_(scratch_.template take<M>(steps<M>(params.value_dim) * query_block)),
-        scores_(scratch_.take(tile_rows * query_block)),
-        grad_weights_(scratch_.take(tile_rows * query_block)),
-        weights_(scratch_.template take<M>(tile_rows * query_block)),
-        grad_scores_(scratch_.template take<M>(tile_rows * query_block)),
-        grad_scores_by_query_(scratch_.template take<M>(key_block * query_block)),
-        query_left_(scratch_.template take<M>(query_block * key_width_)),
-        query_right_(scratch_.template take<M>(query_block * key_width_)),
-        grad_query_(scratch_.take(query_block * key_width_)),
-        grad_output_left_(scratch_.template take<M>(query_block * value_width_)),
-        grad_output_right_(scratch_.template take<M>(query_block * value_width_)),
-        grad_output_rows_(scratch_.take(query_block * value_width_)),
-        output_rows_(scratch_.take(query_block * value_width_)),
-        key_left_(scratch_.template take<M>(key_block * key_width_)),
-        key_right_(scratch_.template take<M>(key_block * key_width_)),
-        value_left_(scratch_.template take<M>(key_block * value_width_)) {}
+        packed_query_(steps<M>(params.key_dim) * query_block),
+        packed_grad_output_(steps<M>(params.value_dim) * query_block),
+        scores_(tile_rows * query_block),
+        grad_weights_(tile_rows * query_block),
+        weights_(tile_rows * query_block),
+        grad_scores_(tile_rows * query_block),
+        grad_scores_by_query_(key_block * query_block),
+        query_left_(query_block * key_width_),
+        query_right_(query_block * key_width_),
+        grad_query_(query_block * key_width_),
+        grad_output_left_(query_block * value_width_),
+        grad_output_right_(query_block * value_width_),
+        grad_output_rows_(query_block * value_width_),
+        output_rows_(query_block * value_width_),
+        key_left_(key_block * key_width_),
+        key_right_(key_block * key_width_),
+        value_left_(key_block * value_width_) {}
 
   /// Adds to the key gradients, writes grad_query, and returns the head's share of the temperature's gradient.
   double run(int64_t batch, int64_t head, Range block, KeyGradients<T>& key_gradients) {
     lanes_ = padded<Acc>(block.size());
     const ScoreTransform<M> transform(params_, head);
     const Visibility visibility(params_.window, block);
-    const T* const query = at<T>(params_.query, batch, head, block.begin);
-    const T* const grad_output = at<T>(params_.grad_output, batch, head, block.begin);
-    const int64_t query_stride = params_.query.position_stride;
-    const int64_t grad_output_stride = params_.grad_output.position_stride;
-    pack_columns(
-        left_rows(query, query_stride, block.size(), params_.key_dim, query_left_), block.size(),
-        steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
-    pack_columns(
-        left_rows(grad_output, grad_output_stride, block.size(), params_.value_dim, grad_output_left_), block.size(),
-        steps<M>(params_.value_dim), lanes_, Acc(1), packed_grad_output_);
-    const auto queries =
-        right_rows(query, query_stride, block.size(), visibility.seeing(), params_.key_dim, query_right_);
-    const auto grad_outputs = right_rows(
-        grad_output, grad_output_stride, block.size(), visibility.seeing(), params_.value_dim, grad_output_right_);
+    const Rows<T> queries = rows_of<T>(params_.query, batch, head, block, params_.key_dim);
+    const Rows<T> grad_outputs = rows_of<T>(params_.grad_output, batch, head, block, params_.value_dim);
+    const auto left_queries = left_rows<M>(queries, query_left_);
+    const auto left_grad_outputs = left_rows<M>(grad_outputs, grad_output_left_);
+    pack_columns(left_queries, block.size(), steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
+    pack_columns(left_grad_outputs, block.size(), steps<M>(params_.value_dim), lanes_, Acc(1), packed_grad_output_);
+    const Range used = visibility.seeing();
+    const auto right_queries = terms == 1 ? left_queries : right_rows<M>(queries, used, query_right_);
+    const auto right_grad_outputs =
+        terms == 1 ? left_grad_outputs : right_rows<M>(grad_outputs, used, grad_output_right_);
     load_statistics(batch, head, block);
-    std::fill_n(grad_query_, lanes_ * key_width_, Acc(0));
+    std::fill_n(grad_query_.data(), lanes_ * key_width_, Acc(0));
     std::fill_n(temperature_, lanes_, Acc(0));
 
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
+    const int64_t kv_head = params_.kv_head(head);
     const Range keys = params_.window.keys_of(block);
     next_query_ = block.end;
     next_key_ = keys.end;
     next_rows_ = ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1));
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
-      const T* const key = at<T>(params_.key, batch, params_.kv_head(head), tile.begin);
-      const T* const value = at<T>(params_.value, batch, params_.kv_head(head), tile.begin);
-      const int64_t key_stride = params_.key.position_stride;
-      const auto left_keys = left_rows(key, key_stride, tile.size(), params_.key_dim, key_left_);
-      const auto right_keys = right_rows(key, key_stride, tile.size(), {0, tile.size()}, params_.key_dim, key_right_);
-      const auto left_values =
-          left_rows(value, params_.value.position_stride, tile.size(), params_.value_dim, value_left_);
+      const Rows<T> key_rows = rows_of<T>(params_.key, batch, kv_head, tile, params_.key_dim);
+      const Rows<T> value_rows = rows_of<T>(params_.value, batch, kv_head, tile, params_.value_dim);
+      const auto left_keys = left_rows<M>(key_rows, key_left_);
+      const auto right_keys = terms == 1 ? left_keys : right_rows<M>(key_rows, {0, tile.size()}, key_right_);
+      const auto left_values = left_rows<M>(value_rows, value_left_);
       const TileMask<Acc> mask(visibility, tile);
       Range seeing{0, 0};
       for (int64_t first = tile.begin; first < tile.end; first += tile_rows) {
@@ -106,8 +94,8 @@ class BackwardBlock {
         multiply_group(left_values, row, group.size(), params_.value_dim, packed_grad_output_, lanes, grad_weights_);
         const bool masked = !visibility.all_see(group, lanes);
         differentiate_scores(transform, masked ? &mask : nullptr, row, group, lanes, block.begin, dropout);
-        add_to_keys(seeing, weights_, grad_outputs, key_gradients.value_rows(first), value_width_);
-        add_to_keys(seeing, grad_scores_, queries, key_gradients.key_rows(first), key_width_);
+        add_to_keys(seeing, weights_, right_grad_outputs, key_gradients.value_rows(first), value_width_);
+        add_to_keys(seeing, grad_scores_, right_queries, key_gradients.key_rows(first), key_width_);
       }
       add_to_queries(visibility, tile, right_keys);
     }
@@ -143,14 +131,9 @@ class BackwardBlock {
     const int64_t first = (batch * params_.heads + head) * params_.queries + block.begin;
     const auto logsumexp = static_cast<const Acc*>(params_.logsumexp) + first;
     const auto grad_logsumexp = static_cast<const Acc*>(params_.grad_logsumexp);
-    const InputView output_view{
-        params_.output.data, params_.output.batch_stride, params_.output.head_stride, params_.output.position_stride};
-    const auto output = load_rows(
-        at<T>(output_view, batch, head, block.begin), output_view.position_stride, block.size(), params_.value_dim,
-        output_rows_);
-    const auto grad_outputs = load_rows(
-        at<T>(params_.grad_output, batch, head, block.begin), params_.grad_output.position_stride, block.size(),
-        params_.value_dim, grad_output_rows_);
+    const auto output = load_rows<Acc>(rows_of<T>(params_.output, batch, head, block, params_.value_dim), output_rows_);
+    const auto grad_outputs =
+        load_rows<Acc>(rows_of<T>(params_.grad_output, batch, head, block, params_.value_dim), grad_output_rows_);
     for (int64_t i = 0; i < block.size(); ++i) {
       Vec<Acc> product(Acc(0));
       for (int64_t d = 0; d < value_width_; d += vector) {
@@ -260,29 +243,28 @@ class BackwardBlock {
   const AttentionParams& params_;
   const int64_t key_width_;
   const int64_t value_width_;
-  Scratch<Acc> scratch_;
   // Of a block of queries:
-  M* packed_query_;       // [steps(key_dim)][lanes]
-  M* packed_grad_output_; // [steps(value_dim)][lanes]
+  Buffer<M> packed_query_;       // [steps(key_dim)][lanes]
+  Buffer<M> packed_grad_output_; // [steps(value_dim)][lanes]
   // Of a group of keys:
-  Acc* scores_;       // [tile_rows][lanes], products
-  Acc* grad_weights_; // [tile_rows][lanes]
-  M* weights_;        // [tile_rows][steps(lanes)]
-  M* grad_scores_;    // [tile_rows][steps(lanes)]
+  Buffer<Acc> scores_;       // [tile_rows][lanes], products
+  Buffer<Acc> grad_weights_; // [tile_rows][lanes]
+  Buffer<M> weights_;        // [tile_rows][steps(lanes)]
+  Buffer<M> grad_scores_;    // [tile_rows][steps(lanes)]
   // Of a tile of keys:
-  M* grad_scores_by_query_; // [steps(key_block)][lanes]
+  Buffer<M> grad_scores_by_query_; // [steps(key_block)][lanes]
   // Rows of tensors, where they can't be read in place:
-  M* query_left_;          // [query_block][key_width]
-  M* query_right_;         // [query_block][key_width]
-  Acc* grad_query_;        // [query_block][key_width]
-  M* grad_output_left_;    // [query_block][value_width]
-  M* grad_output_right_;   // [query_block][value_width]
-  Acc* grad_output_rows_;  // [query_block][value_width]
-  Acc* output_rows_;       // [query_block][value_width]
-  M* key_left_;            // [key_block][key_width]
-  M* key_right_;           // [key_block][key_width]
-  M* value_left_;          // [key_block][value_width]
-  int64_t next_query_ = 0; // to prefetch
+  Buffer<M> query_left_;         // [query_block][key_width]
+  Buffer<M> query_right_;        // [query_block][key_width]
+  Buffer<Acc> grad_query_;       // [query_block][key_width]
+  Buffer<M> grad_output_left_;   // [query_block][value_width]
+  Buffer<M> grad_output_right_;  // [query_block][value_width]
+  Buffer<Acc> grad_output_rows_; // [query_block][value_width]
+  Buffer<Acc> output_rows_;      // [query_block][value_width]
+  Buffer<M> key_left_;           // [key_block][key_width]
+  Buffer<M> key_right_;          // [key_block][key_width]
+  Buffer<M> value_left_;         // [key_block][value_width]
+  int64_t next_query_ = 0;       // to prefetch
   int64_t next_key_ = 0;
   int64_t next_rows_ = 0;      // of each, between two tiles
   int64_t lanes_ = 0;          // queries of this block, in whole vectors

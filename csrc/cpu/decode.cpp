@@ -27,17 +27,13 @@ class DecodeBlock {
         workspace_(workspace),
         key_width_(padded<Acc>(params.key_dim)),
         value_width_(padded<Acc>(params.value_dim)),
-        scratch_(
-            Scratch<Acc>::rounded(schedule.rows * key_width_) + Scratch<Acc>::rounded(schedule.rows * value_width_) +
-            Scratch<Acc>::rounded(schedule.rows * tile_keys) + 2 * Scratch<Acc>::rounded(vector * vector) +
-            Scratch<Acc>::rounded(vector * key_width_) + Scratch<Acc>::rounded(tile_keys * value_width_)),
-        query_(scratch_.take(schedule.rows * key_width_)),
-        output_(scratch_.take(schedule.rows * value_width_)),
-        scores_(scratch_.take(schedule.rows * tile_keys)),
-        products_(scratch_.take(vector * vector)),
-        transposed_(scratch_.take(vector * vector)),
-        key_rows_(scratch_.take(vector * key_width_)),
-        value_rows_(scratch_.take(tile_keys * value_width_)) {}
+        query_(schedule.rows * key_width_),
+        output_(schedule.rows * value_width_),
+        scores_(schedule.rows * tile_keys),
+        products_(vector * vector),
+        transposed_(vector * vector),
+        key_rows_(vector * key_width_),
+        value_rows_(tile_keys * value_width_) {}
 
   void run(int64_t batch, int64_t kv_head, int64_t split) {
     const int64_t group = params_.heads / params_.kv_heads;
@@ -47,14 +43,13 @@ class DecodeBlock {
       reference_[row] = -infinity;
       sum_[row] = 0;
     }
-    std::fill_n(output_, schedule_.rows * value_width_, Acc(0));
+    std::fill_n(output_.data(), schedule_.rows * value_width_, Acc(0));
     const Range keys = schedule_.keys_of(split);
     for (int64_t begin = keys.begin; begin < keys.end; begin += tile_keys) {
       const Range tile{begin, std::min(begin + tile_keys, keys.end)};
       compute_scores(batch, kv_head, tile);
-      const auto values = load_rows(
-          at<T>(params_.value, batch, kv_head, tile.begin), params_.value.position_stride, tile.size(),
-          params_.value_dim, value_rows_);
+      const auto values =
+          load_rows<Acc>(rows_of<T>(params_.value, batch, kv_head, tile, params_.value_dim), value_rows_);
       for (int64_t row = 0; row < schedule_.rows; ++row) {
         const int64_t head = kv_head * group + row / params_.queries;
         const Range seen = seen_by(row, tile);
@@ -94,8 +89,8 @@ class DecodeBlock {
   void compute_scores(int64_t batch, int64_t kv_head, Range tile) {
     for (int64_t first = tile.begin; first < tile.end; first += vector) {
       const int64_t count = std::min(vector, tile.end - first);
-      const auto keys = load_rows(
-          at<T>(params_.key, batch, kv_head, first), params_.key.position_stride, count, params_.key_dim, key_rows_);
+      const Range positions{first, first + count};
+      const auto keys = load_rows<Acc>(rows_of<T>(params_.key, batch, kv_head, positions, params_.key_dim), key_rows_);
       for (int64_t key = first; key < first + count; ++key) {
         const int64_t later = std::min(key + keys_ahead, params_.keys() - 1);
         prefetch(at<T>(params_.key, batch, kv_head, later), params_.key_dim);
@@ -206,14 +201,13 @@ class DecodeBlock {
   Acc* workspace_;
   const int64_t key_width_;
   const int64_t value_width_;
-  Scratch<Acc> scratch_;
-  Acc* query_;      // [rows][key_width], scaled
-  Acc* output_;     // [rows][value_width]
-  Acc* scores_;     // [rows][tile_keys]
-  Acc* products_;   // [vector keys][vector]
-  Acc* transposed_; // [vector][vector keys]
-  Acc* key_rows_;   // [vector][key_width]
-  Acc* value_rows_; // [tile_keys][value_width]
+  Buffer<Acc> query_;      // [rows][key_width], scaled
+  Buffer<Acc> output_;     // [rows][value_width]
+  Buffer<Acc> scores_;     // [rows][tile_keys]
+  Buffer<Acc> products_;   // [vector keys][vector]
+  Buffer<Acc> transposed_; // [vector][vector keys]
+  Buffer<Acc> key_rows_;   // [vector][key_width]
+  Buffer<Acc> value_rows_; // [tile_keys][value_width]
   Acc cap_[DecodeSchedule::most_rows];
   Acc reference_[DecodeSchedule::most_rows];
   Acc sum_[DecodeSchedule::most_rows];
@@ -227,7 +221,7 @@ void merge_splits(
     const acc_type<T>* workspace,
     int64_t batch_head,
     int64_t query,
-    acc_type<T>* sum) {
+    acc_type<T>* sum) { // [value_dim], scratch
   using Acc = acc_type<T>;
   constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
   const int64_t batch = batch_head / params.heads;
@@ -273,8 +267,7 @@ void merge_decode(const AttentionParams& params, const DecodeSchedule& schedule,
   with_scalar_type(params.dtype, [&](auto type) {
     using T = decltype(type);
     using Acc = acc_type<T>;
-    Scratch<Acc> scratch(Scratch<Acc>::rounded(params.value_dim));
-    Acc* sum = scratch.take(params.value_dim);
+    const Buffer<Acc> sum(params.value_dim);
     for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
       for (int64_t task = run.begin; task < run.end; ++task) {
         merge_splits<T>(

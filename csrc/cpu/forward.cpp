@@ -34,27 +34,21 @@ class ForwardBlock {
   explicit ForwardBlock(const AttentionParams& params)
       : params_(params),
         value_width_(padded<Acc>(params.value_dim)),
-        scratch_(
-            Scratch<Acc>::rounded(steps<M>(params.key_dim) * query_block) +
-            Scratch<Acc>::rounded(query_block * value_width_) + 2 * Scratch<Acc>::rounded(key_block * query_block) +
-            Scratch<Acc>::rounded(std::max(key_block, query_block) * padded<Acc>(params.key_dim)) +
-            Scratch<Acc>::rounded(key_block * value_width_)),
-        packed_query_(scratch_.template take<M>(steps<M>(params.key_dim) * query_block)),
-        output_(scratch_.take(query_block * value_width_)),
-        scores_(scratch_.take(key_block * query_block)),
-        weights_(weights_in_place ? reinterpret_cast<M*>(scores_) : scratch_.template take<M>(key_block * query_block)),
-        rows_(scratch_.template take<M>(std::max(key_block, query_block) * padded<Acc>(params.key_dim))),
-        value_rows_(scratch_.template take<M>(key_block * value_width_)) {}
+        packed_query_(steps<M>(params.key_dim) * query_block),
+        output_(query_block * value_width_),
+        scores_(key_block * query_block),
+        own_weights_(weights_in_place ? 0 : key_block * query_block),
+        weights_(weights_in_place ? reinterpret_cast<M*>(static_cast<Acc*>(scores_)) : own_weights_),
+        rows_(std::max(key_block, query_block) * padded<Acc>(params.key_dim)),
+        value_rows_(key_block * value_width_) {}
 
   void run(int64_t batch, int64_t head, Range block) {
     lanes_ = padded<Acc>(block.size());
     const ScoreTransform<M> transform(params_, head);
     const Visibility visibility(params_.window, block);
-    const auto queries = left_rows(
-        at<T>(params_.query, batch, head, block.begin), params_.query.position_stride, block.size(), params_.key_dim,
-        rows_);
+    const auto queries = left_rows<M>(rows_of<T>(params_.query, batch, head, block, params_.key_dim), rows_);
     pack_columns(queries, block.size(), steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
-    std::fill_n(output_, lanes_ * value_width_, Acc(0));
+    std::fill_n(output_.data(), lanes_ * value_width_, Acc(0));
     std::fill_n(maximum_, lanes_, -infinity);
     std::fill_n(reference_, lanes_, -infinity);
     std::fill_n(sum_, lanes_, Acc(0));
@@ -126,9 +120,7 @@ class ForwardBlock {
       const ScoreTransform<M>& transform,
       const Visibility& visibility,
       Range tile) {
-    const auto keys = left_rows(
-        at<T>(params_.key, batch, params_.kv_head(head), tile.begin), params_.key.position_stride, tile.size(),
-        params_.key_dim, rows_);
+    const auto keys = left_rows<M>(rows_of<T>(params_.key, batch, params_.kv_head(head), tile, params_.key_dim), rows_);
     const TileMask<Acc> mask(visibility, tile);
     const int64_t depth = steps<M>(params_.key_dim);
     Range seeing{0, 0};
@@ -229,9 +221,9 @@ class ForwardBlock {
 
   /// output_[lane] = rescale_[lane] * output_[lane] + sum over keys of weight * value
   void add_values(int64_t batch, int64_t head, const Visibility& visibility, Range tile) {
-    const auto values = right_rows(
-        at<T>(params_.value, batch, params_.kv_head(head), tile.begin), params_.value.position_stride, tile.size(),
-        {0, tile.size()}, params_.value_dim, value_rows_);
+    const auto values = right_rows<M>(
+        rows_of<T>(params_.value, batch, params_.kv_head(head), tile, params_.value_dim), {0, tile.size()},
+        value_rows_);
     for (int64_t lane = 0; lane < lanes_; lane += tile_rows) {
       const Range seen = visibility.of_queries(lane, lane + tile_rows, tile);
       const Range depth = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
@@ -262,13 +254,13 @@ class ForwardBlock {
 
   const AttentionParams& params_;
   const int64_t value_width_;
-  Scratch<Acc> scratch_;
-  M* packed_query_;        // [steps(key_dim)][lanes]
-  Acc* output_;            // [lanes][value_width]
-  Acc* scores_;            // [key_block][lanes]
-  M* weights_;             // [steps(key_block)][lanes], or scores_
-  M* rows_;                // [query_block or key_block][padded key_dim]
-  M* value_rows_;          // [steps(key_block)][value_width]
+  Buffer<M> packed_query_; // [steps(key_dim)][lanes]
+  Buffer<Acc> output_;     // [lanes][value_width]
+  Buffer<Acc> scores_;     // [key_block][lanes]
+  Buffer<M> own_weights_;  // unless they are in place
+  M* const weights_;       // [steps(key_block)][lanes]
+  Buffer<M> rows_;         // [query_block or key_block][padded key_dim]
+  Buffer<M> value_rows_;   // [steps(key_block)][value_width]
   int64_t next_query_ = 0; // to prefetch
   int64_t next_key_ = 0;
   int64_t next_rows_ = 0; // of each, between two tiles

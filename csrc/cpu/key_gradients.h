@@ -41,11 +41,8 @@ class KeyGradients {
         key_width_(padded<Acc>(params.key_dim)),
         value_width_(padded<Acc>(params.value_dim)),
         capacity_(std::min(2 * most_keys_in_sight(params) + key_slack, schedule.most_keys)),
-        scratch_(
-            Scratch<Acc>::rounded((capacity_ + tile_rows) * key_width_) +
-            Scratch<Acc>::rounded((capacity_ + tile_rows) * value_width_)),
-        grad_key_(scratch_.take((capacity_ + tile_rows) * key_width_)),
-        grad_value_(scratch_.take((capacity_ + tile_rows) * value_width_)) {}
+        grad_key_((capacity_ + tile_rows) * key_width_),
+        grad_value_((capacity_ + tile_rows) * value_width_) {}
 
   void start(int64_t batch_kv_head, int64_t chunk) {
     batch_kv_head_ = batch_kv_head;
@@ -108,9 +105,8 @@ class KeyGradients {
   const int64_t key_width_;
   const int64_t value_width_;
   const int64_t capacity_; // keys
-  Scratch<Acc> scratch_;
-  Acc* grad_key_;   // [capacity + tile_rows][key_width]
-  Acc* grad_value_; // [capacity + tile_rows][value_width]
+  Buffer<Acc> grad_key_;   // [capacity + tile_rows][key_width]
+  Buffer<Acc> grad_value_; // [capacity + tile_rows][value_width]
   int64_t batch_kv_head_ = 0;
   int64_t chunk_ = 0;
   Range private_{0, 0};
@@ -129,8 +125,7 @@ void merge_shares(
     int64_t batch_kv_head,
     Range keys) {
   using Acc = acc_type<T>;
-  Scratch<Acc> scratch(Scratch<Acc>::rounded(schedule.row));
-  Acc* sum = scratch.take(schedule.row);
+  const Buffer<Acc> sum(schedule.row);
   int64_t first_chunk = 0; // no earlier chunk sees this key or a later one
   for (int64_t key = keys.begin; key < keys.end; ++key) {
     while (first_chunk < schedule.chunks && schedule.keys_of(first_chunk).end <= key) ++first_chunk;
@@ -141,7 +136,7 @@ void merge_shares(
         continue;
       }
     }
-    std::fill_n(sum, schedule.row, Acc(0));
+    std::fill_n(sum.data(), schedule.row, Acc(0));
     for (int64_t c = first_chunk; c < schedule.chunks && schedule.keys_of(c).begin <= key; ++c) {
       const Acc* share = workspace + schedule.share_offset(batch_kv_head, c, key);
       for (int64_t d = 0; d < schedule.row; ++d) sum[d] += share[d];

@@ -23,37 +23,24 @@ constexpr int64_t padded(int64_t n) {
   return (n + lanes - 1) / lanes * lanes;
 }
 
-/// One allocation, handed out in pieces. Pieces start on cache lines.
+/// Memory for so many elements, uninitialised. Starts on a cache line.
 template <typename T>
-class Scratch {
+class Buffer {
  public:
-  explicit Scratch(int64_t elements) : end_(static_cast<T*>(std::aligned_alloc(line, rounded(elements) * sizeof(T)))) {
-    if (end_ == nullptr) throw std::bad_alloc();
-    begin_ = end_;
+  explicit Buffer(int64_t elements)
+      : data_(static_cast<T*>(std::aligned_alloc(line, (elements * sizeof(T) + line) / line * line))) {
+    if (data_ == nullptr) throw std::bad_alloc();
   }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(begin_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
 
-  /// A piece for elements of T, or of another type M of the same size.
-  template <typename M = T>
-  M* take(int64_t elements) {
-    static_assert(sizeof(M) == sizeof(T));
-    T* piece = end_;
-    end_ += rounded(elements);
-    return reinterpret_cast<M*>(piece);
-  }
-
-  /// What a piece of so many elements takes.
-  static constexpr int64_t rounded(int64_t elements) {
-    constexpr int64_t per_line = line / sizeof(T);
-    return (elements + per_line - 1) / per_line * per_line;
-  }
+  operator T*() const { return data_; }
+  T* data() const { return data_; }
 
  private:
-  static constexpr int64_t line = 64;
-  T* begin_;
-  T* end_;
+  static constexpr size_t line = 64;
+  T* data_;
 };
 
 /// The row of a tensor with elements T.
@@ -61,6 +48,23 @@ template <typename T, typename Pointer>
 auto at(const TensorView<Pointer>& view, int64_t batch, int64_t head, int64_t position) {
   using Element = std::conditional_t<std::is_same_v<Pointer, void*>, T, const T>;
   return static_cast<Element*>(view.data) + view.offset(batch, head, position);
+}
+
+/// Rows of a tensor: features are contiguous, rows `stride` elements apart.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  int64_t count;
+  int64_t dim;
+
+  const T* row(int64_t r) const { return data + r * stride; }
+};
+
+/// The positions of one head as rows.
+template <typename T, typename Pointer>
+Rows<T> rows_of(const TensorView<Pointer>& view, int64_t batch, int64_t head, Range positions, int64_t dim) {
+  return {at<T>(view, batch, head, positions.begin), view.position_stride, positions.size(), dim};
 }
 
 /// Brings a row into the second cache, to be read or (for_writing) overwritten.
@@ -101,59 +105,58 @@ inline void interleave(const c10::BFloat16* low, const c10::BFloat16* high, int6
 }
 #endif
 
-/// rows x dim elements at `source` (row stride `stride`) in the type of the arithmetic, as rows of whole vectors, zeros
-/// behind each row. Points at the source itself where it already is that; else copies into `scratch`
-/// (rows x padded(dim)).
-template <typename T, typename Acc>
-RowMajor<const Acc> load_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, Acc* scratch) {
-  const int64_t width = padded<Acc>(dim);
+/// The rows in the type of the arithmetic, padded to whole vectors, zeros behind each. Points at the rows themselves
+/// where they already are that; else copies into `scratch` (count x padded(dim)).
+template <typename Acc, typename T>
+RowMajor<const Acc> load_rows(Rows<T> rows, Acc* scratch) {
+  const int64_t width = padded<Acc>(rows.dim);
   if constexpr (std::is_same_v<T, Acc>) {
-    if (width == dim) return {source, stride};
+    if (width == rows.dim) return {rows.data, rows.stride};
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* from = source + r * stride;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const T* from = rows.row(r);
     Acc* to = scratch + r * width;
     int64_t d = 0;
     if constexpr (!std::is_same_v<T, Acc>) {
-      for (; d + Vec<Acc>::size() <= dim; d += Vec<Acc>::size()) load_as_float(from + d).store(to + d);
+      for (; d + Vec<Acc>::size() <= rows.dim; d += Vec<Acc>::size()) load_as_float(from + d).store(to + d);
     }
-    for (; d < dim; ++d) to[d] = static_cast<Acc>(from[d]);
+    for (; d < rows.dim; ++d) to[d] = static_cast<Acc>(from[d]);
     for (; d < width; ++d) to[d] = Acc(0);
   }
   return {scratch, width};
 }
 
-/// The rows as a left operand, multiplicands along `dim`: [rows][steps(dim)].
+/// The rows as a left operand, multiplicands along the features: [count][steps(dim)].
 template <typename M, typename T>
-RowMajor<const M> left_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, M* scratch) {
+RowMajor<const M> left_rows(Rows<T> rows, M* scratch) {
   if constexpr (Multiplicand<M>::terms == 1) {
-    return load_rows(source, stride, rows, dim, scratch);
+    return load_rows<M>(rows, scratch);
   } else {
-    if (dim % 2 == 0 && stride % 2 == 0) return {reinterpret_cast<const M*>(source), stride / 2};
-    const int64_t width = steps<M>(dim);
-    for (int64_t r = 0; r < rows; ++r) {
+    if (rows.dim % 2 == 0 && rows.stride % 2 == 0) return {reinterpret_cast<const M*>(rows.data), rows.stride / 2};
+    const int64_t width = steps<M>(rows.dim);
+    for (int64_t r = 0; r < rows.count; ++r) {
       T* to = reinterpret_cast<T*>(scratch + r * width);
-      std::copy_n(source + r * stride, dim, to);
-      if (dim % 2 != 0) to[dim] = T(0);
+      std::copy_n(rows.row(r), rows.dim, to);
+      if (rows.dim % 2 != 0) to[rows.dim] = T(0);
     }
     return {scratch, width};
   }
 }
 
-/// The rows as a right operand, multiplicands of neighbouring rows: [steps(rows)][padded(dim)]. Rows that share a
+/// The rows as a right operand, multiplicands of neighbouring rows: [steps(count)][padded(dim)]. Rows that share a
 /// multiplicand with others but aren't `used` become zeros: whatever they hold, it has no part in a sum.
 template <typename M, typename T>
-RowMajor<const M> right_rows(const T* source, int64_t stride, int64_t rows, Range used, int64_t dim, M* scratch) {
+RowMajor<const M> right_rows(Rows<T> rows, Range used, M* scratch) {
   if constexpr (Multiplicand<M>::terms == 1) {
-    return load_rows(source, stride, rows, dim, scratch);
+    return load_rows<M>(rows, scratch);
   } else {
-    const int64_t width = padded<float>(dim);
-    const auto row = [&](int64_t r) { return used.begin <= r && r < used.end ? source + r * stride : nullptr; };
-    for (int64_t r = 0; r < rows; r += 2) {
+    const int64_t width = padded<float>(rows.dim);
+    const auto row = [&](int64_t r) { return used.begin <= r && r < used.end ? rows.row(r) : nullptr; };
+    for (int64_t r = 0; r < rows.count; r += 2) {
       const T* low = row(r);
       const T* high = row(r + 1);
-      for (int64_t d = 0; d < dim; d += Vec<float>::size()) {
-        const int64_t count = std::min<int64_t>(dim - d, Vec<float>::size());
+      for (int64_t d = 0; d < rows.dim; d += Vec<float>::size()) {
+        const int64_t count = std::min<int64_t>(rows.dim - d, Vec<float>::size());
         interleave(low ? low + d : low, high ? high + d : high, count, scratch + r / 2 * width + d);
       }
     }
@@ -164,7 +167,13 @@ RowMajor<const M> right_rows(const T* source, int64_t stride, int64_t rows, Rang
 /// A left operand turned into a right one: packed[step][r] = factor * rows[r][step], zeros for r in [count, lanes).
 /// factor: 1 unless M is a number.
 template <typename M, typename Acc>
-void pack_columns(RowMajor<const M> rows, int64_t count, int64_t depth, int64_t lanes, Acc factor, M* packed) {
+void pack_columns(
+    RowMajor<const M> rows,
+    int64_t count,
+    int64_t depth,
+    int64_t lanes,
+    Acc factor,
+    std::type_identity_t<M>* packed) {
   static_assert(sizeof(M) == sizeof(Acc));
   at::vec::transpose_mxn<Acc>( // moves bits
       reinterpret_cast<const Acc*>(rows.data), rows.row_stride, reinterpret_cast<Acc*>(packed), lanes,
