@@ -7,7 +7,6 @@
 #include "../check.h"
 #include "../ops.h"
 #include "../rng_state.h"
-#include "huge_pages.h"
 #include "kernels.h"
 
 namespace wmha {
@@ -111,7 +110,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
   const at::Tensor output = empty_laid_out_like(query, {params.batch, params.heads, params.queries, params.value_dim});
   const at::Tensor logsumexp =
       at::empty({params.batch, params.heads, params.queries}, query.options().dtype(acc_dtype(query.scalar_type())));
-  map_in_huge_pages(output);
   const at::Tensor rng_state = draw_rng_state(query, options);
   params.rng_state = rng_state.const_data_ptr<int64_t>();
   params.output = view<void*>(output);
@@ -175,7 +173,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
   const at::Tensor logsumexp = logsumexp_.contiguous();
   const at::Tensor grad_logsumexp = grad_logsumexp_.has_value() ? grad_logsumexp_->contiguous() : at::Tensor();
   auto [grad_query, grad_key, grad_value, grad_temperature] = empty_gradients(query, key, value, options);
-  for (const at::Tensor& gradient : {grad_query, grad_key, grad_value}) map_in_huge_pages(gradient);
   params.rng_state = rng_state.const_data_ptr<int64_t>();
   params.output = view<void*>(output);
   params.logsumexp = logsumexp.data_ptr();
@@ -188,7 +185,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
   const cpu::Kernels& kernels = kernels_for(params.dtype);
   const cpu::BackwardSchedule schedule(params);
   const at::Tensor workspace = at::empty({schedule.workspace_size()}, logsumexp.options());
-  map_in_huge_pages(workspace);
   std::vector<double> shares;
   if (options.temperature_tensor_.has_value()) {
     shares.resize(params.batch * params.heads * schedule.chunks);
