@@ -1,6 +1,7 @@
 // The operators on CPU tensors: check, allocate, describe the problem to the kernels, run them on all threads.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
@@ -13,18 +14,22 @@ namespace wmha {
 namespace {
 
 #ifdef WMHA_X86
-/// Do products of bf16 pairs run at twice the rate of fp32? They do on AMD's CPUs; on Intel's they run at the same
-/// rate, and fp32 is more exact. (CPUs with AMX aside.)
-bool has_fast_bf16() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"); }
+/// The kernels of bf16 tensors on CPUs with AVX-512. Products of bf16 pairs run at twice the rate of fp32 on AMD's
+/// CPUs; on Intel's without AMX they run at the same rate, and fp32 is more exact.
+const cpu::Kernels& kernels_of_bf16() {
+  if (!__builtin_cpu_supports("avx512bf16")) return cpu::AVX512::kernels;
+  if (__builtin_cpu_supports("amx-bf16") && at::cpu::init_amx()) return cpu::AMX::kernels;
+  return __builtin_cpu_is("amd") ? cpu::AVX512_BF16::kernels : cpu::AVX512::kernels;
+}
 #endif
 
 /// The kernels of the instruction set that PyTorch itself has chosen (ATEN_CPU_CAPABILITY is honoured).
 const cpu::Kernels& kernels_for([[maybe_unused]] ScalarType dtype) {
 #ifdef WMHA_X86
   static const std::string capability = at::get_cpu_capability();
-  static const bool fast_bf16 = has_fast_bf16();
   if (capability == "AVX512") {
-    return dtype == ScalarType::BFloat16 && fast_bf16 ? cpu::AVX512_BF16::kernels : cpu::AVX512::kernels;
+    static const cpu::Kernels& of_bf16 = kernels_of_bf16();
+    return dtype == ScalarType::BFloat16 ? of_bf16 : cpu::AVX512::kernels;
   }
   if (capability == "AVX2") return cpu::AVX2::kernels;
 #endif

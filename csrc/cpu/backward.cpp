@@ -12,6 +12,7 @@
 #include "dropout.h"
 #include "key_gradients.h"
 #include "passes.h"
+#include "query_sums.h"
 #include "rows.h"
 #include "scores.h"
 #include "tiles.h"
@@ -30,8 +31,9 @@ class BackwardBlock {
  public:
   explicit BackwardBlock(const AttentionParams& params)
       : params_(params),
-        key_width_(padded<Acc>(params.key_dim)),
-        value_width_(padded<Acc>(params.value_dim)),
+        key_width_(whole_columns<M>(params.key_dim)),
+        value_width_(whole_columns<M>(params.value_dim)),
+        grad_query_(params.key_dim),
         packed_query_(steps<M>(params.key_dim) * query_block),
         packed_grad_output_(steps<M>(params.value_dim) * query_block),
         scores_(tile_rows * query_block),
@@ -41,7 +43,6 @@ class BackwardBlock {
         grad_scores_by_query_(key_block * query_block),
         query_left_(query_block * key_width_),
         query_right_(query_block * key_width_),
-        grad_query_(query_block * key_width_),
         grad_output_left_(query_block * value_width_),
         grad_output_right_(query_block * value_width_),
         grad_output_rows_(query_block * value_width_),
@@ -52,7 +53,7 @@ class BackwardBlock {
 
   /// Adds to the key gradients, writes grad_query, and returns the head's share of the temperature's gradient.
   double run(int64_t batch, int64_t head, Range block, KeyGradients<T>& key_gradients) {
-    lanes_ = padded<Acc>(block.size());
+    lanes_ = whole_columns<M>(block.size());
     const ScoreTransform<M> transform(params_, head);
     const Visibility visibility(params_.window, block);
     const Rows<T> queries = rows_of<T>(params_.query, batch, head, block, params_.key_dim);
@@ -66,7 +67,7 @@ class BackwardBlock {
     const auto right_grad_outputs =
         terms == 1 ? left_grad_outputs : right_rows<M>(grad_outputs, used, grad_output_right_);
     load_statistics(batch, head, block);
-    std::fill_n(grad_query_.data(), lanes_ * key_width_, Acc(0));
+    grad_query_.start(lanes_);
     std::fill_n(temperature_, lanes_, Acc(0));
 
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
@@ -89,7 +90,7 @@ class BackwardBlock {
         const int64_t row = first - tile.begin;
         prefetch_next(batch, head);
         seeing = visibility.of_keys(group, seeing);
-        const Range lanes{seeing.begin / vector * vector, padded<Acc>(seeing.end)};
+        const Range lanes = whole_columns<M>(seeing);
         multiply_group(left_keys, row, group.size(), params_.key_dim, packed_query_, lanes, scores_);
         multiply_group(left_values, row, group.size(), params_.value_dim, packed_grad_output_, lanes, grad_weights_);
         const bool masked = !visibility.all_see(group, lanes);
@@ -97,12 +98,12 @@ class BackwardBlock {
         add_to_keys(seeing, weights_, right_grad_outputs, key_gradients.value_rows(first), value_width_);
         add_to_keys(seeing, grad_scores_, right_queries, key_gradients.key_rows(first), key_width_);
       }
-      add_to_queries(visibility, tile, right_keys);
+      grad_query_.add(visibility, tile, grad_scores_by_query_, right_keys);
     }
     auto grad_query = at<T>(params_.grad_query, batch, head, block.begin);
+    const RowMajor<const Acc> sums = grad_query_.rows();
     for (int64_t i = 0; i < block.size(); ++i) {
-      store_row(
-          grad_query_ + i * key_width_, params_.key_dim, Acc(1), grad_query + i * params_.grad_query.position_stride);
+      store_row(sums.row(i), params_.key_dim, Acc(1), grad_query + i * params_.grad_query.position_stride);
     }
     double temperature_sum = 0;
     for (int64_t i = 0; i < block.size(); ++i) temperature_sum += temperature_[i];
@@ -136,7 +137,7 @@ class BackwardBlock {
         load_rows<Acc>(rows_of<T>(params_.grad_output, batch, head, block, params_.value_dim), grad_output_rows_);
     for (int64_t i = 0; i < block.size(); ++i) {
       Vec<Acc> product(Acc(0));
-      for (int64_t d = 0; d < value_width_; d += vector) {
+      for (int64_t d = 0; d < padded<Acc>(params_.value_dim); d += vector) {
         product = at::vec::fmadd(Vec<Acc>::loadu(grad_outputs.row(i) + d), Vec<Acc>::loadu(output.row(i) + d), product);
       }
       Acc parts[vector];
@@ -159,7 +160,7 @@ class BackwardBlock {
       const M* packed,
       Range lanes,
       Acc* products) {
-    StoreTo<Acc> target{{products, lanes_}};
+    const StoreTo<Acc> target{{products, lanes_}};
     multiply<M>(
         lanes.begin / vector, lanes.end / vector, steps<M>(dim), LeftRows<M>({rows.row(row), rows.row_stride}, keys),
         {packed, lanes_}, target);
@@ -220,22 +221,10 @@ class BackwardBlock {
   /// overwritten with anything.
   void add_to_keys(Range queries, const M* left, RowMajor<const M> right, RowMajor<Acc> sums, int64_t width) {
     const Range depth = steps<M>(queries);
-    AddTo<Acc> target{sums};
+    const AddTo<Acc> target{sums};
     multiply<M>(
         0, width / vector, depth.size(), LeftRows<M>({left + depth.begin, lane_steps()}, tile_rows),
         {right.row(depth.begin), right.row_stride}, target);
-  }
-
-  void add_to_queries(const Visibility& visibility, Range tile, RowMajor<const M> keys) {
-    for (int64_t lane = 0; lane < lanes_; lane += tile_rows) {
-      const Range seen = visibility.of_queries(lane, lane + tile_rows, tile);
-      const Range depth = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
-      AddTo<Acc> target{{grad_query_ + lane * key_width_, key_width_}};
-      multiply<M>(
-          0, key_width_ / vector, depth.size(),
-          LeftColumns<M>{grad_scores_by_query_ + depth.begin * lanes_ + lane, lanes_},
-          {keys.row(depth.begin), keys.row_stride}, target);
-    }
   }
 
   int64_t lane_steps() const { return lanes_ / terms; }
@@ -243,7 +232,9 @@ class BackwardBlock {
   const AttentionParams& params_;
   const int64_t key_width_;
   const int64_t value_width_;
+  [[no_unique_address]] TileRegisters tile_registers_;
   // Of a block of queries:
+  QuerySums<T> grad_query_;
   Buffer<M> packed_query_;       // [steps(key_dim)][lanes]
   Buffer<M> packed_grad_output_; // [steps(value_dim)][lanes]
   // Of a group of keys:
@@ -256,7 +247,6 @@ class BackwardBlock {
   // Rows of tensors, where they can't be read in place:
   Buffer<M> query_left_;         // [query_block][key_width]
   Buffer<M> query_right_;        // [query_block][key_width]
-  Buffer<Acc> grad_query_;       // [query_block][key_width]
   Buffer<M> grad_output_left_;   // [query_block][value_width]
   Buffer<M> grad_output_right_;  // [query_block][value_width]
   Buffer<Acc> grad_output_rows_; // [query_block][value_width]

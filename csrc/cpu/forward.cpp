@@ -1,7 +1,7 @@
 // The forward pass: softmax over the window, tile by tile (Milakov, Gimelshein: Online normalizer calculation for
 // softmax, 2018), for a block of queries at a time.
 //
-//            48 queries (lanes)
+//            a block of queries (lanes)
 //          +------------------+
 //          |  S^T = K Q^T     |   the row maximum is taken while the products are still in registers; then
 //   keys   |  P^T = 2^S^T     |   exponentials and their sum run down the columns;
@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "dropout.h"
+#include "query_sums.h"
 #include "rows.h"
 #include "scores.h"
 #include "tiles.h"
@@ -33,22 +34,21 @@ class ForwardBlock {
  public:
   explicit ForwardBlock(const AttentionParams& params)
       : params_(params),
-        value_width_(padded<Acc>(params.value_dim)),
         packed_query_(steps<M>(params.key_dim) * query_block),
-        output_(query_block * value_width_),
+        output_(params.value_dim),
         scores_(key_block * query_block),
         own_weights_(weights_in_place ? 0 : key_block * query_block),
         weights_(weights_in_place ? reinterpret_cast<M*>(static_cast<Acc*>(scores_)) : own_weights_),
-        rows_(std::max(key_block, query_block) * padded<Acc>(params.key_dim)),
-        value_rows_(key_block * value_width_) {}
+        rows_(std::max(key_block, query_block) * whole_columns<M>(params.key_dim)),
+        value_rows_(key_block * whole_columns<M>(params.value_dim)) {}
 
   void run(int64_t batch, int64_t head, Range block) {
-    lanes_ = padded<Acc>(block.size());
+    lanes_ = whole_columns<M>(block.size());
     const ScoreTransform<M> transform(params_, head);
     const Visibility visibility(params_.window, block);
     const auto queries = left_rows<M>(rows_of<T>(params_.query, batch, head, block, params_.key_dim), rows_);
     pack_columns(queries, block.size(), steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
-    std::fill_n(output_.data(), lanes_ * value_width_, Acc(0));
+    output_.start(lanes_);
     std::fill_n(maximum_, lanes_, -infinity);
     std::fill_n(reference_, lanes_, -infinity);
     std::fill_n(sum_, lanes_, Acc(0));
@@ -84,35 +84,6 @@ class ForwardBlock {
     }
   }
 
-  /// A target: stores products as scores and moves the largest one of each query. Rows beyond the last key repeat it.
-  struct StoreScores {
-    RowMajor<Acc> scores;
-    Acc* maximum;
-    Acc factor;
-
-    template <int C>
-    void start(int64_t, Tile<Acc, C>& tile) const {
-      clear_tile<Acc>(tile);
-    }
-
-    template <int C>
-    void finish(int64_t first, Tile<Acc, C>& tile) const {
-      const RowMajor<Acc> rows{scores.data + first * vector, scores.row_stride};
-      Acc* const largest = maximum + first * vector;
-      WMHA_UNROLL
-      for (int c = 0; c < C; ++c) {
-        Vec<Acc> column = Vec<Acc>::loadu(largest + c * vector);
-        WMHA_UNROLL
-        for (int r = 0; r < tile_rows; ++r) {
-          if constexpr (ScoreTransform<M>::scales_products) tile[r][c] = tile[r][c] * Vec<Acc>(factor);
-          column = larger(tile[r][c], column);
-          tile[r][c].store(rows.row(r) + c * vector);
-        }
-        column.store(largest + c * vector);
-      }
-    }
-  };
-
   /// scores_ of the keys and queries of the tile that see each other, in whole groups and vectors; maximum_.
   void compute_scores(
       int64_t batch,
@@ -128,16 +99,16 @@ class ForwardBlock {
       const Range group{key, std::min(key + tile_rows, tile.end)};
       prefetch_next(batch, head);
       seeing = visibility.of_keys(group, seeing);
-      const Range lanes{seeing.begin / vector * vector, padded<Acc>(seeing.end)};
+      const Range lanes = whole_columns<M>(seeing);
       const LeftRows<M> left({keys.row(key - tile.begin), keys.row_stride}, group.size());
       const RowMajor<Acc> scores{scores_ + (key - tile.begin) * lanes_, lanes_};
       const bool masked = !visibility.all_see(group, lanes);
       if (masked || transform.cap > 0) {
-        StoreTo<Acc> target{scores};
+        const StoreTo<Acc> target{scores};
         multiply<M>(lanes.begin / vector, lanes.end / vector, depth, left, {packed_query_, lanes_}, target);
         finish_scores(transform, masked ? &mask : nullptr, scores, key - tile.begin, group.size(), lanes);
       } else {
-        StoreScores target{scores, maximum_, transform.factor};
+        const StoreScores<M> target{scores, group.size(), maximum_, transform.factor};
         multiply<M>(lanes.begin / vector, lanes.end / vector, depth, left, {packed_query_, lanes_}, target);
       }
     }
@@ -169,7 +140,8 @@ class ForwardBlock {
   void compute_weights(const Visibility& visibility, Range tile, int64_t first_query, DropoutLanes<Acc>& dropout) {
     const bool drops = params_.dropout.enabled();
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
-      const Range seen = visibility.of_queries(lane, lane + vector, tile);
+      const Range columns = whole_columns<M>(Range{lane, lane + 1});
+      const Range seen = visibility.of_queries(columns.begin, columns.end, tile);
       const Vec<Acc> maximum = Vec<Acc>::loadu(maximum_ + lane);
       // A query that has seen no key yet: any finite reference keeps 2^(-inf - reference) = 0.
       const Vec<Acc> reference = Vec<Acc>::blendv(maximum, Vec<Acc>(Acc(0)), maximum == Vec<Acc>(-infinity));
@@ -199,39 +171,12 @@ class ForwardBlock {
     }
   }
 
-  /// A target: sums of values, moved to another reference of the softmax.
-  struct RescaleAndAdd {
-    RowMajor<Acc> sum;
-    const Acc* factor; // one for each row
-
-    template <int C>
-    void start(int64_t first, Tile<Acc, C>& tile) const {
-      load_tile<Acc>({sum.data, sum.row_stride}, first, tile);
-      WMHA_UNROLL
-      for (int r = 0; r < tile_rows; ++r) {
-        WMHA_UNROLL
-        for (int c = 0; c < C; ++c) tile[r][c] = tile[r][c] * Vec<Acc>(factor[r]);
-      }
-    }
-    template <int C>
-    void finish(int64_t first, Tile<Acc, C>& tile) const {
-      store_tile<Acc>(tile, sum, first);
-    }
-  };
-
-  /// output_[lane] = rescale_[lane] * output_[lane] + sum over keys of weight * value
+  /// output = rescale * output + sum over keys of weight * value
   void add_values(int64_t batch, int64_t head, const Visibility& visibility, Range tile) {
     const auto values = right_rows<M>(
         rows_of<T>(params_.value, batch, params_.kv_head(head), tile, params_.value_dim), {0, tile.size()},
         value_rows_);
-    for (int64_t lane = 0; lane < lanes_; lane += tile_rows) {
-      const Range seen = visibility.of_queries(lane, lane + tile_rows, tile);
-      const Range depth = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
-      RescaleAndAdd target{{output_ + lane * value_width_, value_width_}, rescale_ + lane};
-      multiply<M>(
-          0, value_width_ / vector, depth.size(), LeftColumns<M>{weights_ + depth.begin * lanes_ + lane, lanes_},
-          {values.row(depth.begin), values.row_stride}, target);
-    }
+    output_.add(visibility, tile, weights_, values, rescale_);
   }
 
   void store(int64_t batch, int64_t head, const Visibility& visibility, Range block) {
@@ -244,23 +189,24 @@ class ForwardBlock {
       const Vec<Acc> natural = log * Vec<Acc>(static_cast<Acc>(ln_of_2));
       natural.store(logsumexp_ + lane);
     }
+    const RowMajor<const Acc> sums = output_.rows();
     for (int64_t i = 0; i < block.size(); ++i) {
       const bool sees_none = visibility.keys[i].size() == 0;
       logsumexp[i] = sees_none ? -infinity : logsumexp_[i];
       const Acc normalizer = sees_none ? Acc(0) : inverse_keep / sum_[i];
-      store_row(output_ + i * value_width_, params_.value_dim, normalizer, output + i * params_.output.position_stride);
+      store_row(sums.row(i), params_.value_dim, normalizer, output + i * params_.output.position_stride);
     }
   }
 
   const AttentionParams& params_;
-  const int64_t value_width_;
+  [[no_unique_address]] TileRegisters tile_registers_;
   Buffer<M> packed_query_; // [steps(key_dim)][lanes]
-  Buffer<Acc> output_;     // [lanes][value_width]
+  QuerySums<T> output_;
   Buffer<Acc> scores_;     // [key_block][lanes]
   Buffer<M> own_weights_;  // unless they are in place
   M* const weights_;       // [steps(key_block)][lanes]
-  Buffer<M> rows_;         // [query_block or key_block][padded key_dim]
-  Buffer<M> value_rows_;   // [steps(key_block)][value_width]
+  Buffer<M> rows_;         // [query_block or key_block][whole_columns(key_dim)]
+  Buffer<M> value_rows_;   // [steps(key_block)][whole_columns(value_dim)]
   int64_t next_query_ = 0; // to prefetch
   int64_t next_key_ = 0;
   int64_t next_rows_ = 0; // of each, between two tiles
@@ -277,13 +223,16 @@ class ForwardBlock {
 void forward(const AttentionParams& params, Tasks& tasks) {
   with_scalar_type(params.dtype, [&](auto type) {
     ForwardBlock<decltype(type)> block(params);
-    const int64_t blocks = ceil_div(params.queries, query_block);
+    const int64_t tasks_of_head = ceil_div(params.queries, task_queries);
     for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
       for (int64_t task = run.begin; task < run.end; ++task) {
-        const int64_t batch_head = task / blocks;
-        const int64_t first = task % blocks * query_block;
-        const Range queries{first, std::min(first + query_block, params.queries)};
-        block.run(batch_head / params.heads, batch_head % params.heads, queries);
+        const int64_t batch_head = task / tasks_of_head;
+        const int64_t begin = task % tasks_of_head * task_queries;
+        const int64_t end = std::min(begin + task_queries, params.queries);
+        for (int64_t first = begin; first < end; first += query_block) {
+          const Range queries{first, std::min(first + query_block, end)};
+          block.run(batch_head / params.heads, batch_head % params.heads, queries);
+        }
       }
     }
   });

@@ -49,6 +49,9 @@ extern const Kernels kernels;
 namespace AVX512_BF16 {
 extern const Kernels kernels; // for bf16 tensors alone
 }
+namespace AMX {
+extern const Kernels kernels; // for bf16 tensors alone
+}
 #endif
 
 } // namespace wmha::cpu

@@ -7,6 +7,7 @@
 
 #include "rows.h"
 #include "schedule.h"
+#include "scores.h"
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
@@ -38,8 +39,8 @@ class KeyGradients {
       : params_(params),
         schedule_(schedule),
         workspace_(workspace),
-        key_width_(padded<Acc>(params.key_dim)),
-        value_width_(padded<Acc>(params.value_dim)),
+        key_width_(whole_columns<multiplicand_type<T>>(params.key_dim)),
+        value_width_(whole_columns<multiplicand_type<T>>(params.value_dim)),
         capacity_(std::min(2 * most_keys_in_sight(params) + key_slack, schedule.most_keys)),
         grad_key_((capacity_ + tile_rows) * key_width_),
         grad_value_((capacity_ + tile_rows) * value_width_) {}

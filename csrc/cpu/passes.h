@@ -5,6 +5,8 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
+extern const Kernels kernels;
+
 void forward(const AttentionParams& params, Tasks& tasks);
 void decode(const AttentionParams& params, const DecodeSchedule& schedule, void* workspace, Tasks& tasks);
 void merge_decode(const AttentionParams& params, const DecodeSchedule& schedule, const void* workspace, Tasks& tasks);

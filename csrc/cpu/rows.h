@@ -126,45 +126,50 @@ RowMajor<const Acc> load_rows(Rows<T> rows, Acc* scratch) {
   return {scratch, width};
 }
 
-/// The rows as a left operand, multiplicands along the features: [count][steps(dim)].
+/// The rows as a left operand, multiplicands along the features: [count, whole tiles of them][steps(dim)]. Rows beyond
+/// the last hold anything.
 template <typename M, typename T>
 RowMajor<const M> left_rows(Rows<T> rows, M* scratch) {
   if constexpr (Multiplicand<M>::terms == 1) {
     return load_rows<M>(rows, scratch);
   } else {
-    if (rows.dim % 2 == 0 && rows.stride % 2 == 0) return {reinterpret_cast<const M*>(rows.data), rows.stride / 2};
+    constexpr int64_t terms = Multiplicand<M>::terms;
     const int64_t width = steps<M>(rows.dim);
+    const bool whole = rows.dim == width * terms && rows.count % left_rows_at_once == 0;
+    if (whole && rows.stride % terms == 0) return {reinterpret_cast<const M*>(rows.data), rows.stride / terms};
     for (int64_t r = 0; r < rows.count; ++r) {
       T* to = reinterpret_cast<T*>(scratch + r * width);
       std::copy_n(rows.row(r), rows.dim, to);
-      if (rows.dim % 2 != 0) to[rows.dim] = T(0);
+      std::fill(to + rows.dim, to + width * terms, T(0));
     }
     return {scratch, width};
   }
 }
 
-/// The rows as a right operand, multiplicands of neighbouring rows: [steps(count)][padded(dim)]. Rows that share a
-/// multiplicand with others but aren't `used` become zeros: whatever they hold, it has no part in a sum.
+/// The rows as a right operand, multiplicands of neighbouring rows: [steps(count)][whole_columns(dim)]. Rows that share
+/// a multiplicand with others but aren't `used` become zeros: whatever they hold, it has no part in a sum.
 template <typename M, typename T>
 RowMajor<const M> right_rows(Rows<T> rows, Range used, M* scratch) {
   if constexpr (Multiplicand<M>::terms == 1) {
     return load_rows<M>(rows, scratch);
   } else {
-    const int64_t width = padded<float>(rows.dim);
+    constexpr int64_t vector = Vec<float>::size();
+    const int64_t width = whole_columns<M>(rows.dim);
     const auto row = [&](int64_t r) { return used.begin <= r && r < used.end ? rows.row(r) : nullptr; };
-    for (int64_t r = 0; r < rows.count; r += 2) {
-      const T* low = row(r);
-      const T* high = row(r + 1);
-      for (int64_t d = 0; d < rows.dim; d += Vec<float>::size()) {
-        const int64_t count = std::min<int64_t>(rows.dim - d, Vec<float>::size());
-        interleave(low ? low + d : low, high ? high + d : high, count, scratch + r / 2 * width + d);
+    for (int64_t step = 0; step < steps<M>(rows.count); ++step) {
+      const T* low = row(2 * step);
+      const T* high = row(2 * step + 1);
+      for (int64_t d = 0; d < width; d += vector) {
+        const int64_t count = std::clamp<int64_t>(rows.dim - d, 0, vector);
+        interleave(low ? low + d : low, high ? high + d : high, count, scratch + step * width + d);
       }
     }
     return {scratch, width};
   }
 }
 
-/// A left operand turned into a right one: packed[step][r] = factor * rows[r][step], zeros for r in [count, lanes).
+/// A left operand turned into a right one, or back: packed[d][r] = factor * rows[r][d] for d < depth, zeros for r in
+/// [count, lanes).
 /// factor: 1 unless M is a number.
 template <typename M, typename Acc>
 void pack_columns(

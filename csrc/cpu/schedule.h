@@ -9,12 +9,8 @@
 
 namespace wmha::cpu {
 
-/// Queries handled together: the columns of a score tile. A multiple of every vector length.
-constexpr int64_t query_block = 48;
-
-/// Keys of a score tile: 96 x 48 scores and 96 rows of key and value stay in the first two caches. From 64 to 320 it
-/// makes no difference with wide windows; 96 holds what 48 queries see through a narrow one.
-constexpr int64_t key_block = 96;
+/// Queries of a task of the forward pass. A kernel cuts them into blocks, of which this is a multiple.
+constexpr int64_t task_queries = 96;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -35,9 +31,9 @@ class Tasks {
   const int64_t run_;
 };
 
-/// One task: one block of queries of one head.
+/// One task: task_queries queries of one head.
 inline int64_t forward_tasks(const AttentionParams& params) {
-  return params.batch * params.heads * ceil_div(params.queries, query_block);
+  return params.batch * params.heads * ceil_div(params.queries, task_queries);
 }
 
 /// The forward pass of few queries cuts the keys that they see into splits. Each leaves a state for each query, its
@@ -129,7 +125,7 @@ struct BackwardSchedule {
       chunk = std::max(short_chunk, std::min(window2, wide_chunk));
     }
     chunk = std::max(chunk, ceil_div(queries, ceil_div(wanted_tasks, heads)));
-    chunk = ceil_div(std::min(chunk, std::max<int64_t>(queries, 1)), query_block) * query_block;
+    chunk = ceil_div(std::min(chunk, std::max<int64_t>(queries, 1)), task_queries) * task_queries;
     chunks = ceil_div(queries, chunk);
     for (int64_t c = 0; c < chunks; ++c) {
       most_keys = std::max(most_keys, keys_of(c).size());

@@ -2,6 +2,7 @@
 // what belongs to them, filled with numbers, and the AttentionParams that point at them.
 #pragma once
 
+#include <ATen/cpu/Utils.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -16,6 +17,12 @@
 
 #include "../../csrc/cpu/kernels.h"
 #include "reference.h"
+
+#ifdef WMHA_X86
+namespace wmha::cpu::AMX_EMULATED {
+extern const Kernels kernels;
+}
+#endif
 
 namespace testing_wmha {
 
@@ -320,7 +327,11 @@ inline std::vector<InstructionSet> instruction_sets() {
   sets.push_back({"AVX2", &wmha::cpu::AVX2::kernels, avx2});
   sets.push_back({"AVX512", &wmha::cpu::AVX512::kernels, avx512});
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  sets.push_back({"AVX512BF16", &wmha::cpu::AVX512_BF16::kernels, avx512_bf16, {ScalarType::BFloat16}});
+  const bool amx = avx512_bf16 && __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx();
+  const std::vector<ScalarType> bf16 = {ScalarType::BFloat16};
+  sets.push_back({"AVX512BF16", &wmha::cpu::AVX512_BF16::kernels, avx512_bf16, bf16});
+  sets.push_back({"AMX", &wmha::cpu::AMX::kernels, amx, bf16});
+  sets.push_back({"AMXEmulated", &wmha::cpu::AMX_EMULATED::kernels, avx512_bf16, bf16});
 #endif
   return sets;
 }

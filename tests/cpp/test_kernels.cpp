@@ -7,8 +7,8 @@ using namespace testing_wmha;
 
 constexpr int64_t largest = std::numeric_limits<int64_t>::max();
 constexpr int64_t smallest = std::numeric_limits<int64_t>::min();
-constexpr int64_t query_tile = wmha::cpu::query_block;
-constexpr int64_t key_tile = wmha::cpu::key_block;
+constexpr int64_t query_tile = wmha::cpu::task_queries;
+constexpr int64_t key_tile = 96;     // with AMX: 384
 constexpr int64_t feature_tile = 48; // three vectors of fp32 with AVX-512, the widest register tile
 
 /// Layouts in turn, so that tests of lengths meet all of them.
@@ -30,6 +30,13 @@ TEST_P(Kernels, TakeAnyNumberOfKeys) {
   for (int64_t n = 0; n <= 2 * key_tile + 1; ++n) {
     check({.name = "dense", .heads = 1, .kv_heads = 1, .keys = n, .layout = layout(n)});
     check({.name = "banded", .keys = n, .left = 30, .right = 3, .layout = layout(n)});
+  }
+}
+
+TEST_P(Kernels, TakeMoreKeysThanAnyTile) {
+  for (const int64_t n : {383, 384, 385, 400, 415, 416, 767, 768, 769, 800}) {
+    check({.name = "dense", .heads = 1, .kv_heads = 1, .queries = 100, .keys = n, .layout = layout(n)});
+    check({.name = "banded", .queries = 100, .keys = n, .left = 301, .right = 33, .layout = layout(n)});
   }
 }
 

@@ -207,8 +207,8 @@ TEST(BackwardSchedule, TakesNoQueriesNoHeadsAndNoKeys) {
 }
 
 TEST(BackwardSchedule, HasEnoughTasksForManyCoresWhenTheWindowIsNarrow) {
-  EXPECT_GE(BackwardSchedule(problem(1, 131072, {128, 0, 0, 131072})).tasks(), 64);
-  EXPECT_GE(BackwardSchedule(problem(8, 8192, {256, 0, 0, 8192})).tasks(), 64);
+  EXPECT_GE(BackwardSchedule(problem(1, 131072, {128, 0, 0, 131072})).tasks(), 60);
+  EXPECT_GE(BackwardSchedule(problem(8, 8192, {256, 0, 0, 8192})).tasks(), 60);
 }
 
 TEST(BackwardSchedule, KeepsItsMemoryLinear) {

@@ -1,0 +1,130 @@
+// Matrix products in the tile registers of AMX.
+//
+//                       right: 2 x 16 columns
+//                      +----------+----------+
+//                      |    6     |    7     |  depth, 16 pairs a step
+//                      +----------+----------+
+//   left        +---+  +----------+----------+
+//   2 x 16 rows | 4 |  |    0     |    1     |         numbers: registers
+//               +---+  +----------+----------+
+//               | 5 |  |    2     |    3     |
+//               +---+  +----------+----------+
+//
+// Included by tiles.h, which it is a part of.
+#pragma once
+
+#include <cstdint>
+
+#include "amx.h"
+#include "operands.h"
+
+namespace wmha::cpu::CPU_CAPABILITY {
+
+constexpr int tile_rows = 2 * register_rows;
+constexpr int64_t left_rows_at_once = tile_rows; // a left operand must hold whole tiles of them
+
+/// A left operand that lies in rows, tile_rows of them, whatever the last ones hold.
+template <typename M>
+struct LeftRows {
+  RowMajor<const M> matrix;
+
+  LeftRows(RowMajor<const M> matrix, int64_t /*rows*/) : matrix(matrix) {}
+};
+
+/// A row of tiles: the product of tile_rows rows of `left` (depth steps wide) and the vectors [begin, end) of the
+/// columns of `right` (depth steps high). depth and columns are whole tiles.
+template <typename M, typename Target>
+void multiply(
+    int64_t begin,
+    int64_t end,
+    int64_t depth,
+    const LeftRows<M>& left,
+    RowMajor<const M> right,
+    const Target& target) {
+  constexpr int64_t vector = Vec<float>::size();
+  const int64_t left_stride = left.matrix.row_stride * sizeof(M);
+  const int64_t right_stride = right.row_stride * sizeof(M);
+  const M* const lower_rows = left.matrix.row(register_rows);
+  for (int64_t column = begin * vector; column < end * vector; column += 2 * vector) {
+    target.start(column);
+    for (int64_t t = 0; t < depth; t += Multiplicand<M>::steps_at_once) {
+      const M* const right_row = right.row(t) + column;
+      load_register<4>(left.matrix.data + t, left_stride);
+      load_register<6>(right_row, right_stride);
+      multiply_add_registers<0, 4, 6>();
+      load_register<7>(right_row + vector, right_stride);
+      multiply_add_registers<1, 4, 7>();
+      load_register<5>(lower_rows + t, left_stride);
+      multiply_add_registers<2, 5, 6>();
+      multiply_add_registers<3, 5, 7>();
+    }
+    target.finish(column);
+  }
+}
+
+inline void clear_sums() {
+  clear_register<0>();
+  clear_register<1>();
+  clear_register<2>();
+  clear_register<3>();
+}
+
+inline void load_sums(RowMajor<const float> from, int64_t column) {
+  const int64_t stride = from.row_stride * sizeof(float);
+  load_register<0>(from.data + column, stride);
+  load_register<1>(from.data + column + register_rows, stride);
+  load_register<2>(from.row(register_rows) + column, stride);
+  load_register<3>(from.row(register_rows) + column + register_rows, stride);
+}
+
+inline void store_sums(RowMajor<float> to, int64_t column) {
+  const int64_t stride = to.row_stride * sizeof(float);
+  store_register<0>(to.data + column, stride);
+  store_register<1>(to.data + column + register_rows, stride);
+  store_register<2>(to.row(register_rows) + column, stride);
+  store_register<3>(to.row(register_rows) + column + register_rows, stride);
+}
+
+/// A target: rows of `product` become the product.
+template <typename T>
+struct StoreTo {
+  RowMajor<T> product;
+
+  void start(int64_t) const { clear_sums(); }
+  void finish(int64_t column) const { store_sums(product, column); }
+};
+
+/// A target: the product is added to rows of `sum`.
+template <typename T>
+struct AddTo {
+  RowMajor<T> sum;
+
+  void start(int64_t column) const { load_sums({sum.data, sum.row_stride}, column); }
+  void finish(int64_t column) const { store_sums(sum, column); }
+};
+
+/// A target: rows of `scores` become the product times `factor`, and `maximum` the largest of each column and itself.
+/// Rows beyond `rows` are overwritten with anything.
+template <typename M>
+struct StoreScores {
+  RowMajor<float> scores;
+  int64_t rows;
+  float* maximum;
+  float factor;
+
+  void start(int64_t) const { clear_sums(); }
+  void finish(int64_t column) const {
+    store_sums(scores, column);
+    for (int64_t first = column; first < column + 2 * Vec<float>::size(); first += Vec<float>::size()) {
+      Vec<float> largest = Vec<float>::loadu(maximum + first);
+      for (int64_t r = 0; r < rows; ++r) {
+        const Vec<float> score = Vec<float>::loadu(scores.row(r) + first) * Vec<float>(factor);
+        largest = larger(score, largest);
+        score.store(scores.row(r) + first);
+      }
+      largest.store(maximum + first);
+    }
+  }
+};
+
+} // namespace wmha::cpu::CPU_CAPABILITY
