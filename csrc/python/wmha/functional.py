@@ -29,10 +29,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ops = torch.ops.wmha
 
-# Each function calls its operator in two places: TorchScript chooses between the overloads, temperature as a number and
-# as a tensor, by the static type of the argument.
+def _operator(packet):
+    """The operator, its overload chosen here: PyTorch tries one after the other, which takes longer than a small call.
+    TorchScript chooses by the static type of the temperature, so each function below calls its operator in two places.
+    """
+
+    def call(*tensors: Tensor, temperature: float | Tensor, **options) -> Tensor | tuple[Tensor, ...]:
+        overload = packet.temperature_tensor if isinstance(temperature, Tensor) else packet.default
+        return overload(*tensors, temperature=temperature, **options)
+
+    torch.jit._builtins._register_builtin(call, packet._qualified_op_name)  # what TorchScript sees in its place
+    return call
+
+
+_attention = _operator(torch.ops.wmha.attention)
+_attention_with_lse = _operator(torch.ops.wmha.attention_with_lse)
+_attention_weights = _operator(torch.ops.wmha.attention_weights)
+_multi_head_attention = _operator(torch.ops.wmha.multi_head_attention)
 
 
 def attention(
@@ -61,7 +75,7 @@ def attention(
         (B, Hq, Nq, Dv); in memory as (B, Nq, Hq, Dv) where the query lies so, else contiguous.
     """
     if isinstance(temperature, Tensor):
-        return _ops.attention(
+        return _attention(
             query,
             key,
             value,
@@ -74,7 +88,7 @@ def attention(
             query_offset=query_offset,
             generator=generator,
         )
-    return _ops.attention(
+    return _attention(
         query,
         key,
         value,
@@ -103,7 +117,7 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and logsumexp (B, Hq, Nq) in float32 (float64 for float64 inputs), both differentiable."""
     if isinstance(temperature, Tensor):
-        return _ops.attention_with_lse(
+        return _attention_with_lse(
             query,
             key,
             value,
@@ -116,7 +130,7 @@ def attention_with_lse(
             query_offset=query_offset,
             generator=generator,
         )
-    return _ops.attention_with_lse(
+    return _attention_with_lse(
         query,
         key,
         value,
@@ -142,7 +156,7 @@ def attention_weights(
 ) -> Tensor:
     """The matrix P of `attention`, (B, Hq, Nq, Nk). It takes memory for all of it: meant for looking at."""
     if isinstance(temperature, Tensor):
-        return _ops.attention_weights(
+        return _attention_weights(
             query,
             key,
             window_left=window[0],
@@ -152,7 +166,7 @@ def attention_weights(
             softcap=softcap,
             query_offset=query_offset,
         )
-    return _ops.attention_weights(
+    return _attention_weights(
         query,
         key,
         window_left=window[0],
@@ -203,7 +217,7 @@ def multi_head_attention(
         (B, Nq, Eo)
     """
     if isinstance(temperature, Tensor):
-        return _ops.multi_head_attention(
+        return _multi_head_attention(
             query,
             key,
             value,
@@ -226,7 +240,7 @@ def multi_head_attention(
             query_offset=query_offset,
             generator=generator,
         )
-    return _ops.multi_head_attention(
+    return _multi_head_attention(
         query,
         key,
         value,
