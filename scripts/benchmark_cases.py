@@ -79,6 +79,7 @@ OTHERS = [
     Case("dropout", 1, 8, 4096, 64, 256, dropout_p=0.1),
     Case("one head", 1, 1, 16384, 64, 256),
     Case("decode", 16, 16, 4096, 64, 1024, queries=1, passes=FORWARD),
+    Case("decode", 1, 8, 1024, 64, -1, queries=1, passes=FORWARD),  # from the CPU's caches
     Case("tiny", 1, 8, 16, 64, -1),
 ]
 SCALING_N = [Case("N", 1, 8, length, 64, 256, dtypes=(torch.float32,)) for length in (1024, 2048, 4096, 8192, 16384)]

@@ -2,8 +2,11 @@
 // and values, so each is read once for all queries of the heads that share it. Vectors run along features, and along
 // keys in the softmax. The keys are cut into splits, for many cores; the splits' softmaxes are merged by their
 // references and sums.
+#include <ATen/cpu/vec/functional.h>
+
 #include <cmath>
 
+#include "lanes.h"
 #include "passes.h"
 #include "rows.h"
 #include "scores.h"
@@ -30,8 +33,6 @@ class DecodeBlock {
         query_(schedule.rows * key_width_),
         output_(schedule.rows * value_width_),
         scores_(schedule.rows * tile_keys),
-        products_(vector * vector),
-        transposed_(vector * vector),
         key_rows_(vector * key_width_),
         value_rows_(tile_keys * value_width_) {}
 
@@ -48,14 +49,14 @@ class DecodeBlock {
     for (int64_t begin = keys.begin; begin < keys.end; begin += tile_keys) {
       const Range tile{begin, std::min(begin + tile_keys, keys.end)};
       compute_scores(batch, kv_head, tile);
-      const auto values =
-          load_rows<Acc>(rows_of<T>(params_.value, batch, kv_head, tile, params_.value_dim), value_rows_);
-      for (int64_t row = 0; row < schedule_.rows; ++row) {
-        const int64_t head = kv_head * group + row / params_.queries;
-        const Range seen = seen_by(row, tile);
-        compute_weights(row, batch * params_.heads + head, seen, tile);
-        add_values(row, values, {seen.begin - tile.begin, seen.end - tile.begin});
-      }
+      with_rows(rows_of<T>(params_.value, batch, kv_head, tile, params_.value_dim), value_rows_, [&](auto values) {
+        for (int64_t row = 0; row < schedule_.rows; ++row) {
+          const int64_t head = kv_head * group + row / params_.queries;
+          const Range seen = seen_by(row, tile);
+          compute_weights(row, batch * params_.heads + head, seen, tile);
+          add_values(row, values, {seen.begin - tile.begin, seen.end - tile.begin});
+        }
+      });
     }
     for (int64_t row = 0; row < schedule_.rows; ++row) {
       const int64_t head = kv_head * group + row / params_.queries;
@@ -84,50 +85,60 @@ class DecodeBlock {
     return {begin, std::clamp(seen.end, begin, tile.end)};
   }
 
-  /// scores_[row][key], a vector of keys at a time: each key's products are summed along the features lane by lane, and
-  /// a transpose brings the lanes together.
+  /// scores_[row][key], a vector of keys at a time.
   void compute_scores(int64_t batch, int64_t kv_head, Range tile) {
     for (int64_t first = tile.begin; first < tile.end; first += vector) {
       const int64_t count = std::min(vector, tile.end - first);
       const Range positions{first, first + count};
-      const auto keys = load_rows<Acc>(rows_of<T>(params_.key, batch, kv_head, positions, params_.key_dim), key_rows_);
       for (int64_t key = first; key < first + count; ++key) {
         const int64_t later = std::min(key + keys_ahead, params_.keys() - 1);
         prefetch(at<T>(params_.key, batch, kv_head, later), params_.key_dim);
         prefetch(at<T>(params_.value, batch, kv_head, key), params_.value_dim);
       }
-      for (int64_t row = 0; row < schedule_.rows; ++row) {
-        sum_products(query_ + row * key_width_, keys, count);
-        Vec<Acc> score(Acc(0));
-        at::vec::transpose_mxn<Acc>(products_, vector, transposed_, vector, vector, vector);
-        for (int64_t lane = 0; lane < vector; ++lane) score = score + Vec<Acc>::loadu(transposed_ + lane * vector);
-        if (cap_[row] > 0) score = Vec<Acc>(cap_[row]) * score.tanh();
-        score.store(scores_ + row * tile_keys + (first - tile.begin));
-      }
+      with_rows(rows_of<T>(params_.key, batch, kv_head, positions, params_.key_dim), key_rows_, [&](auto keys) {
+        for (int64_t row = 0; row < schedule_.rows; ++row) {
+          Vec<Acc> score = multiply(query_ + row * key_width_, keys, count);
+          if (cap_[row] > 0) score = Vec<Acc>(cap_[row]) * score.tanh();
+          score.store(scores_ + row * tile_keys + (first - tile.begin));
+        }
+      });
     }
   }
 
-  /// products_[key][lane]: the sums of query[d] * key[d] over the features d that a lane takes.
-  void sum_products(const Acc* query, RowMajor<const Acc> keys, int64_t count) {
-    constexpr int keys_at_once = 8;
-    for (int64_t first = 0; first < vector; first += keys_at_once) {
-      const Acc* row[keys_at_once];
-      Vec<Acc> sums[keys_at_once];
-      WMHA_UNROLL
-      for (int k = 0; k < keys_at_once; ++k) {
-        row[k] = keys.row(std::min(first + k, count - 1));
-        sums[k] = Vec<Acc>(Acc(0));
-      }
-      for (int64_t d = 0; d < key_width_; d += vector) {
-        const Vec<Acc> features = Vec<Acc>::loadu(query + d);
-        WMHA_UNROLL
-        for (int k = 0; k < keys_at_once; ++k) sums[k] = at::vec::fmadd(features, Vec<Acc>::loadu(row[k] + d), sums[k]);
-      }
-      WMHA_UNROLL
-      for (int k = 0; k < keys_at_once; ++k) {
-        if (first + k < vector) sums[k].store(products_ + (first + k) * vector);
-      }
+  /// function(rows) with the rows themselves where they can be read as whole vectors; else, or if it's worth it since
+  /// they are read often, with a copy in the type of the arithmetic.
+  template <typename Function>
+  void with_rows(Rows<T> rows, Acc* scratch, const Function& function) {
+    constexpr int64_t often = 3;
+    if (rows.dim % vector == 0 && (std::is_same_v<T, Acc> || schedule_.rows < often)) {
+      function(RowMajor<const T>{rows.data, rows.stride});
+    } else {
+      function(load_rows<Acc>(rows, scratch));
     }
+  }
+
+  static Vec<Acc> load(const Acc* place) { return Vec<Acc>::loadu(place); }
+  template <typename Half>
+  static Vec<Acc> load(const Half* place) {
+    return load_as_float(place);
+  }
+
+  /// Products of the query with so many keys, at most a vector of them, in one lane each.
+  template <typename Key>
+  Vec<Acc> multiply(const Acc* query, RowMajor<const Key> keys, int64_t count) {
+    const Key* row[vector];
+    Vec<Acc> sums[vector];
+    WMHA_UNROLL
+    for (int64_t k = 0; k < vector; ++k) {
+      row[k] = keys.row(std::min(k, count - 1));
+      sums[k] = Vec<Acc>(Acc(0));
+    }
+    for (int64_t d = 0; d < key_width_; d += vector) {
+      const Vec<Acc> features = Vec<Acc>::loadu(query + d);
+      WMHA_UNROLL
+      for (int64_t k = 0; k < vector; ++k) sums[k] = at::vec::fmadd(features, load(row[k] + d), sums[k]);
+    }
+    return sum_each(sums);
   }
 
   /// From scores to weights 2^(score - reference); moves the row's reference, sum and output along.
@@ -138,9 +149,7 @@ class DecodeBlock {
     std::fill(scores + (seen.end - tile.begin), scores + tile_keys, -infinity);
     Vec<Acc> largest(reference_[row]);
     for (int64_t i = 0; i < tile_keys; i += vector) largest = larger(Vec<Acc>::loadu(scores + i), largest);
-    Acc parts[vector];
-    largest.store(parts);
-    const Acc maximum = *std::max_element(parts, parts + vector);
+    const Acc maximum = at::vec::vec_reduce_all<Acc>([](Vec<Acc> x, Vec<Acc> y) { return larger(x, y); }, largest);
     const Acc reference = maximum == -infinity ? Acc(0) : maximum; // any finite one, while there are only -inf and NaN
     const Acc rescale = std::exp2(reference_[row] - reference);
     Vec<Acc> sum(Acc(0));
@@ -149,10 +158,7 @@ class DecodeBlock {
       sum = sum + weight;
       weight.store(scores + i);
     }
-    sum.store(parts);
-    Acc total = sum_[row] * rescale;
-    for (const Acc part : parts) total += part;
-    sum_[row] = total;
+    sum_[row] = sum_[row] * rescale + at::vec::vec_reduce_all<Acc>([](Vec<Acc> x, Vec<Acc> y) { return x + y; }, sum);
     reference_[row] = reference;
     Acc* const output = output_ + row * value_width_;
     for (int64_t d = 0; d < value_width_; d += vector)
@@ -174,26 +180,40 @@ class DecodeBlock {
   }
 
   /// output_[row] += sum over keys of weight * value
-  void add_values(int64_t row, RowMajor<const Acc> values, Range keys) {
-    constexpr int vectors = 4;
+  template <typename Value>
+  void add_values(int64_t row, RowMajor<const Value> values, Range keys) {
+    int64_t d = 0;
+    for (; d + 4 * vector <= value_width_; d += 4 * vector) add_columns<4>(row, values, keys, d);
+    for (; d < value_width_; d += vector) add_columns<1>(row, values, keys, d);
+  }
+
+  /// The same for C vectors of features. Even and odd keys have sums of their own, so that the next addition needn't
+  /// wait for the last.
+  template <int C, typename Value>
+  void add_columns(int64_t row, RowMajor<const Value> values, Range keys, int64_t first) {
     const Acc* const weights = scores_ + row * tile_keys;
-    Acc* const output = output_ + row * value_width_;
-    for (int64_t d = 0; d < value_width_; d += vectors * vector) {
-      const int64_t count = std::min<int64_t>(vectors, (value_width_ - d) / vector);
-      Vec<Acc> sums[vectors];
-      for (int c = 0; c < vectors; ++c) sums[c] = Vec<Acc>(Acc(0));
-      for (int64_t key = keys.begin; key < keys.end; ++key) {
-        const Acc* value = values.row(key) + d;
-        const Vec<Acc> weight(weights[key]);
-        for (int c = 0; c < vectors; ++c) {
-          if (c < count) sums[c] = at::vec::fmadd(weight, Vec<Acc>::loadu(value + c * vector), sums[c]);
-        }
-      }
-      for (int c = 0; c < count; ++c) {
-        Acc* place = output + d + c * vector;
-        (Vec<Acc>::loadu(place) + sums[c]).store(place);
-      }
+    Acc* const output = output_ + row * value_width_ + first;
+    Vec<Acc> even[C];
+    Vec<Acc> odd[C];
+    WMHA_UNROLL
+    for (int c = 0; c < C; ++c) {
+      even[c] = Vec<Acc>::loadu(output + c * vector);
+      odd[c] = Vec<Acc>(Acc(0));
     }
+    const auto add = [&](int64_t key, Vec<Acc>(&sums)[C]) {
+      const Vec<Acc> weight(weights[key]);
+      const Value* value = values.row(key) + first;
+      WMHA_UNROLL
+      for (int c = 0; c < C; ++c) sums[c] = at::vec::fmadd(weight, load(value + c * vector), sums[c]);
+    };
+    int64_t key = keys.begin;
+    for (; key + 1 < keys.end; key += 2) {
+      add(key, even);
+      add(key + 1, odd);
+    }
+    if (key < keys.end) add(key, even);
+    WMHA_UNROLL
+    for (int c = 0; c < C; ++c) (even[c] + odd[c]).store(output + c * vector);
   }
 
   const AttentionParams& params_;
@@ -204,8 +224,6 @@ class DecodeBlock {
   Buffer<Acc> query_;      // [rows][key_width], scaled
   Buffer<Acc> output_;     // [rows][value_width]
   Buffer<Acc> scores_;     // [rows][tile_keys]
-  Buffer<Acc> products_;   // [vector keys][vector]
-  Buffer<Acc> transposed_; // [vector][vector keys]
   Buffer<Acc> key_rows_;   // [vector][key_width]
   Buffer<Acc> value_rows_; // [tile_keys][value_width]
   Acc cap_[DecodeSchedule::most_rows];
