@@ -53,6 +53,7 @@ class Result:
     minimum: float  # seconds
     median: float
     rate: float  # useful flops a second
+    cache: float  # bytes a second of the keys and values of few queries; else 0
 
 
 def call(attention: Callable, inputs: tuple[Tensor, ...], backward: bool) -> list[Tensor]:
@@ -114,10 +115,10 @@ def measure(case: Case, dtype_name: str, backward: bool, device: str, seconds: f
     while len(samples[OURS]) < LEAST_ROUNDS or time.perf_counter() - start < seconds:
         for name, run in runs.items():
             samples[name].append(seconds_of(run, repeats[name]))
-    flops = case.flops(backward)
+    flops, cache = case.flops(backward), case.cache_bytes(dtype)
     return [
         Result(case.name, str(case), dtype_name, backward, name, case.length, case.left, errors[name], min(times),
-               statistics.median(times), flops / min(times))
+               statistics.median(times), flops / min(times), cache / min(times))
         for name, times in samples.items()
     ]  # fmt: skip
 
@@ -136,11 +137,16 @@ def machine_rates() -> dict[str, float]:
 def table(results: list[Result], rates: dict[str, float]) -> str:
     """A row for each case, dtype and pass: our time and rate, and how many times as long the others take."""
     peers = list(dict.fromkeys(result.way for result in results if result.way != OURS))
-    head = ["case (B x H x N x D)", "dtype", "pass", "wmha, ms", "GF/s", "of matmul", *peers]
+    head = ["case (B x H x N x D)", "dtype", "pass", "wmha, ms", "GF/s", "of the machine's", *peers]
     rows = [head]
     for ours in (result for result in results if result.way == OURS):
-        same = {r.way: r for r in results if (r.shape, r.dtype, r.backward) == (ours.shape, ours.dtype, ours.backward)}
-        share = f"{ours.rate / rates[ours.dtype]:.0%}" if ours.dtype in rates else ""
+        job = (ours.case, ours.shape, ours.dtype, ours.backward)
+        same = {r.way: r for r in results if (r.case, r.shape, r.dtype, r.backward) == job}
+        share = ""
+        if ours.cache:
+            share = f"{ours.cache / rates['read']:.0%} of reading"
+        elif ours.dtype in rates:
+            share = f"{ours.rate / rates[ours.dtype]:.0%} of matmul"
         ratios = [f"{same[peer].minimum / ours.minimum:.2f} x" if peer in same else "" for peer in peers]
         name = "training" if ours.backward else "forward"
         rows.append(

@@ -44,7 +44,9 @@ class Case:
         return (14 if backward else 4) * self.batch * self.heads * self.dim * self.pairs()
 
     def cache_bytes(self, dtype: torch.dtype) -> float:
-        """Of the keys and values that are read."""
+        """Of the keys and values that few queries read, which is what takes their time; else 0."""
+        if self.queries is None:
+            return 0.0
         seen = min(self.length, self.rows + self.reach)
         return 2.0 * self.batch * self.heads * seen * self.dim * dtype.itemsize
 

@@ -44,7 +44,7 @@ def draw(folder: pathlib.Path, results: list, information: dict) -> None:
 def ratios(file: pathlib.Path, results: list, where: str) -> None:
     """How many times as long as wmha each other way takes, case by case; a panel for each dtype and pass."""
     panels = list(dict.fromkeys((r.dtype, r.backward) for r in results))
-    shapes = list(dict.fromkeys(r.shape for r in results))
+    shapes = list(dict.fromkeys(r.shape for r in results if r.way != "wmha"))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(
