@@ -115,7 +115,8 @@ struct StoreScores {
   void start(int64_t) const { clear_sums(); }
   void finish(int64_t column) const {
     store_sums(scores, column);
-    for (int64_t first = column; first < column + 2 * Vec<float>::size(); first += Vec<float>::size()) {
+    constexpr int64_t vector = Vec<float>::size();
+    for (int64_t first = column; first < column + 2 * vector; first += vector) {
       Vec<float> largest = Vec<float>::loadu(maximum + first);
       for (int64_t r = 0; r < rows; ++r) {
         const Vec<float> score = Vec<float>::loadu(scores.row(r) + first) * Vec<float>(factor);

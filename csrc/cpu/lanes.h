@@ -45,14 +45,12 @@ inline Vec<float> sum_each(const Vec<float> (&vectors)[16]) {
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 inline Vec<float> sum_each(const Vec<float> (&vectors)[8]) {
-  __m256 quads[2];
-  WMHA_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    quads[i] = _mm256_hadd_ps(
-        _mm256_hadd_ps(vectors[4 * i], vectors[4 * i + 1]), _mm256_hadd_ps(vectors[4 * i + 2], vectors[4 * i + 3]));
-  }
-  return _mm256_add_ps(
-      _mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+  const auto quad = [&](const Vec<float>* of) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]));
+  };
+  const __m256 low = quad(vectors);
+  const __m256 high = quad(vectors + 4);
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 #endif
 
