@@ -1,7 +1,8 @@
 """Builds the wheel: CMake builds and installs the plugin into the package.
 
 Environment: MAX_JOBS (parallel compilations), DEBUG=1 (debug build), CMAKE_ARGS (more arguments for CMake),
-FORCE_CUDA=1 and TORCH_CUDA_ARCH_LIST (for the CUDA kernels: CMake says that there are none yet).
+TORCH_CUDA_ARCH_LIST (what the CUDA kernels are compiled for, default "8.0;9.0;10.0;12.0+PTX"), FORCE_CUDA (1 or 0: with
+or without CUDA kernels; by default with them if torch is built with CUDA and nvcc is there).
 """
 
 import os
@@ -20,6 +21,14 @@ ROOT = Path(__file__).parent
 
 def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def with_cuda() -> bool:
+    if "FORCE_CUDA" in os.environ:
+        return enabled("FORCE_CUDA")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    return torch.version.cuda is not None and nvcc is not None
 
 
 def cmake(*arguments: object) -> None:
@@ -45,7 +54,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if enabled('DEBUG') else 'Release'}",
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DTORCH_ROOT={Path(torch.__file__).parent}",
-            f"-DWMHA_CUDA={'ON' if enabled('FORCE_CUDA') else 'OFF'}",
+            f"-DWMHA_CUDA={'ON' if with_cuda() else 'OFF'}",
             f"-DWMHA_RPATH_TO_TORCH={'ON' if self.editable_mode else 'OFF'}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         )
@@ -55,7 +64,7 @@ class CMakeBuild(build_ext):
             "# Written by setup.py.\n"
             f'version = "{self.distribution.get_version()}"\n'
             f'torch_version = "{torch.__version__}"\n'
-            f"cuda_version = {torch.version.cuda if enabled('FORCE_CUDA') else None!r}\n"
+            f"cuda_version = {torch.version.cuda if with_cuda() else None!r}\n"
         )
 
     def get_outputs(self) -> list[str]:

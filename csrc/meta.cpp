@@ -20,23 +20,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_meta(
       at::empty({2}, query.options().dtype(at::kLong))};
 }
 
-at::Tensor attention_meta(
-    const at::Tensor& query,
-    const at::Tensor& key,
-    const at::Tensor& value,
-    const AttentionOptions& options) {
-  return std::get<0>(forward_meta(query, key, value, options));
-}
-
-std::tuple<at::Tensor, at::Tensor> attention_with_lse_meta(
-    const at::Tensor& query,
-    const at::Tensor& key,
-    const at::Tensor& value,
-    const AttentionOptions& options) {
-  auto [output, logsumexp, rng_state] = forward_meta(query, key, value, options);
-  return {output, logsumexp};
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_meta(
     const at::Tensor& grad_output,
     const std::optional<at::Tensor>& grad_logsumexp,
@@ -68,10 +51,7 @@ at::Tensor dropout_mask_meta(
 } // namespace
 
 TORCH_LIBRARY_IMPL(wmha, Meta, library) {
-  implement_attention<attention_meta>(library, "attention");
-  implement_attention<attention_with_lse_meta>(library, "attention_with_lse");
-  implement_attention<forward_meta>(library, "_attention_forward");
-  implement_backward<backward_meta>(library);
+  implement_kernels<forward_meta, backward_meta>(library);
   library.impl("_dropout_mask", dropout_mask_meta);
 }
 

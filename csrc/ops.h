@@ -59,11 +59,33 @@ void implement_attention(torch::Library& library, const std::string& name) {
   implement<implementation, const at::Tensor&, const at::Tensor&, const at::Tensor&>(library, name);
 }
 
-/// implement() for wmha::_attention_backward, whose leading arguments are those of attention_backward below.
-template <auto implementation>
-void implement_backward(torch::Library& library) {
+/// wmha::attention and wmha::attention_with_lse of a device, from its wmha::_attention_forward.
+template <auto forward>
+at::Tensor attention_of(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const AttentionOptions& options) {
+  return std::get<0>(forward(query, key, value, options));
+}
+template <auto forward>
+std::tuple<at::Tensor, at::Tensor> attention_with_lse_of(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const AttentionOptions& options) {
+  auto [output, logsumexp, rng_state] = forward(query, key, value, options);
+  return {output, logsumexp};
+}
+
+/// Registers a device's kernels: `forward` as attention_forward below, `backward` as attention_backward.
+template <auto forward, auto backward>
+void implement_kernels(torch::Library& library) {
   using T = const at::Tensor&;
-  implement<implementation, T, const std::optional<at::Tensor>&, T, T, T, T, T, T>(library, "_attention_backward");
+  implement_attention<attention_of<forward>>(library, "attention");
+  implement_attention<attention_with_lse_of<forward>>(library, "attention_with_lse");
+  implement_attention<forward>(library, "_attention_forward");
+  implement<backward, T, const std::optional<at::Tensor>&, T, T, T, T, T, T>(library, "_attention_backward");
 }
 
 /// Calls an operator through the dispatcher.

@@ -58,8 +58,8 @@ struct AttentionParams {
   OutputView grad_value;      // as value
   double* grad_temperature;   // shares of each (batch, head), as many as the kernel makes; or null
 
-  int64_t keys() const { return window.keys; }
-  int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
+  WMHA_HOST_DEVICE int64_t keys() const { return window.keys; }
+  WMHA_HOST_DEVICE int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
 };
 
 } // namespace wmha

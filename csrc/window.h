@@ -48,7 +48,29 @@ struct Window {
     return {keys_of(queries.begin).begin, keys_of(queries.end - 1).end};
   }
 
+  /// Those of the queries [0, count) that see at least one of the keys. Precondition: keys is not empty.
+  WMHA_HOST_DEVICE constexpr Range queries_of(Range wanted, int64_t count) const {
+    const int64_t first = first_query(count, [&](Range seen) { return seen.end > wanted.begin; });
+    const int64_t last = first_query(count, [&](Range seen) { return seen.begin >= wanted.end; });
+    return {first < last ? first : last, last};
+  }
+
  private:
+  /// The first of the queries [0, count) whose keys pass a test that all after it pass, too; else count.
+  template <typename Test>
+  WMHA_HOST_DEVICE constexpr int64_t first_query(int64_t count, const Test& test) const {
+    int64_t begin = 0;
+    for (int64_t end = count; begin < end;) {
+      const int64_t middle = begin + (end - begin) / 2;
+      if (test(keys_of(middle))) {
+        end = middle;
+      } else {
+        begin = middle + 1;
+      }
+    }
+    return begin;
+  }
+
   WMHA_HOST_DEVICE constexpr int64_t clip(int64_t key) const { return key < 0 ? 0 : key > keys ? keys : key; }
 };
 

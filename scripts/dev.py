@@ -31,6 +31,7 @@ PYTHON = VENV / "bin" / "python"
 TORCH = os.environ.get("TORCH_VERSION", "2.13.0")
 JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count())
 
+SOURCES = (".cpp", ".h", ".cu", ".cuh", ".py")
 BUILD_PACKAGES = [f"torch=={TORCH}", "numpy", "setuptools>=77", "wheel", "cmake>=3.24", "ninja"]
 TEST_PACKAGES = ["pytest", "expecttest"]
 DEMO_PACKAGES = ["matplotlib", "tqdm"]
@@ -57,7 +58,7 @@ def fingerprint(*parts: object) -> str:
 def sources() -> list[tuple[str, bytes]]:
     """All that the wheel is made of."""
     folders = [ROOT / "csrc", ROOT / "include"]
-    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".cpp", ".h", ".py")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in SOURCES]
     files += [ROOT / name for name in ("CMakeLists.txt", "setup.py", "pyproject.toml")]
     files += list((ROOT / "scripts").glob("*.cmake*"))
     return [(str(path), path.read_bytes()) for path in sorted(files)]
@@ -129,12 +130,12 @@ def lint(_: list[str]) -> None:
     install(*BUILD_PACKAGES)
     install(*LINT_PACKAGES)
     tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
-    code = [name for name in tracked if name.endswith((".cpp", ".h"))]
+    code = [name for name in tracked if name.endswith((".cpp", ".h", ".cu", ".cuh"))]
     run("clang-format", "--dry-run", "-Werror", *code)
     run("ruff", "check", ".")
     run("ruff", "format", "--check", ".")
     cmake_build(BUILD / "lint", target="help")
-    checked = [name for name in code if name.startswith("csrc/") and name.endswith(".cpp")]
+    checked = [name for name in code if name.startswith("csrc/") and name.endswith(".cpp") and "/cuda/" not in name]
     run("clang-tidy", "--quiet", "--extra-arg=-fno-openmp", "-p", BUILD / "lint", *checked)  # it has no omp.h
 
 

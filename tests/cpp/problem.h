@@ -2,7 +2,6 @@
 // what belongs to them, filled with numbers, and the AttentionParams that point at them.
 #pragma once
 
-#include <ATen/cpu/Utils.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -15,23 +14,34 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/params.h"
 #include "reference.h"
-
-#ifdef WMHA_X86
-namespace wmha::cpu::AMX_EMULATED {
-extern const Kernels kernels;
-}
-#endif
 
 namespace testing_wmha {
 
 using wmha::AttentionParams;
 using wmha::Range;
 using wmha::ScalarType;
-using wmha::cpu::BackwardSchedule;
-using wmha::cpu::DecodeSchedule;
-using wmha::cpu::Tasks;
+
+// Each kind of kernels says where the memory that it reads and writes comes from, and how many shares of the
+// temperature's gradient it makes.
+inline void* allocate(size_t bytes);
+inline void release(void* memory);
+inline int64_t temperature_shares(const AttentionParams& params);
+
+/// For std::vector.
+template <typename T>
+struct Allocator {
+  using value_type = T;
+
+  T* allocate(size_t elements) {
+    void* memory = testing_wmha::allocate(elements * sizeof(T));
+    if (memory == nullptr) throw std::bad_alloc();
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, size_t) { release(memory); }
+  bool operator==(const Allocator&) const { return true; }
+};
 
 inline ScalarType acc_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -74,7 +84,7 @@ class Tensor {
     const bool empty = this->batch * this->heads * positions * dim == 0;
     const int64_t last = offset(this->batch - 1, this->heads - 1, positions - 1);
     elements_ = lead_ + (empty ? 0 : last + dim) + tail;
-    bytes_.reset(static_cast<unsigned char*>(std::malloc(std::max<size_t>(elements_ * size_, 1))));
+    bytes_.reset(static_cast<unsigned char*>(allocate(elements_ * size_)));
     if (!bytes_) throw std::bad_alloc();
     std::memset(bytes_.get(), blank, elements_ * size_);
   }
@@ -141,7 +151,7 @@ class Tensor {
 
  private:
   struct Free {
-    void operator()(unsigned char* bytes) const { std::free(bytes); }
+    void operator()(unsigned char* bytes) const { release(bytes); }
   };
   static constexpr int blank = 0xff;
 #ifdef __SANITIZE_ADDRESS__
@@ -239,7 +249,7 @@ class Problem {
     params.temperature_data = through_pointer ? temperature.data() : nullptr;
     params.temperature_stride = c.temperature.size() > 1 ? 1 : 0;
     params.dropout = wmha::Dropout::with_probability(c.dropout);
-    params.rng_state = params.dropout.enabled() ? rng_state_ : nullptr;
+    params.rng_state = params.dropout.enabled() ? rng_state_.data() : nullptr;
     params.query = query.view<const void*>();
     params.key = key.view<const void*>();
     params.value = value.view<const void*>();
@@ -251,8 +261,7 @@ class Problem {
     params.grad_key = grad_key.view<void*>();
     params.grad_value = grad_value.view<void*>();
     if (c.grad_temperature) {
-      const int64_t shares = std::max<int64_t>(BackwardSchedule(params).chunks, 1);
-      grad_temperature.assign(c.batch * c.heads * shares, std::numeric_limits<double>::quiet_NaN());
+      grad_temperature.assign(temperature_shares(params), std::numeric_limits<double>::quiet_NaN());
       params.grad_temperature = grad_temperature.data();
     }
   }
@@ -275,7 +284,7 @@ class Problem {
   ScalarType acc;
   Tensor query, key, value, grad_output, grad_logsumexp, temperature;
   Tensor output, logsumexp, grad_query, grad_key, grad_value;
-  std::vector<double> grad_temperature; // shares of each (batch, head)
+  std::vector<double, Allocator<double>> grad_temperature; // shares of each (batch, head)
   AttentionParams params{};
 
  private:
@@ -289,7 +298,7 @@ class Problem {
     });
   }
 
-  const int64_t rng_state_[2] = {0x123456789abcdef0, 0}; // seed, offset
+  std::vector<int64_t, Allocator<int64_t>> rng_state_ = {0x123456789abcdef0, 0}; // seed, offset
 };
 
 /// The answer to a problem: the same inputs in fp64, through the reference.
@@ -302,38 +311,6 @@ inline std::unique_ptr<Problem> solve(const Problem& problem, Case c) {
   reference::forward(solution->params);
   reference::backward(solution->params);
   return solution;
-}
-
-/// Memory for what the tasks of a schedule leave, full of NaN.
-template <typename Schedule>
-Tensor make_workspace(const Problem& problem, const Schedule& schedule) {
-  return Tensor(problem.acc, 1, 1, 1, schedule.workspace_size());
-}
-
-/// One instruction set's kernels.
-struct InstructionSet {
-  const char* name;
-  const wmha::cpu::Kernels* kernels;
-  bool supported; // by this CPU
-  std::vector<ScalarType> dtypes = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-};
-
-inline std::vector<InstructionSet> instruction_sets() {
-  std::vector<InstructionSet> sets = {{"Default", &wmha::cpu::DEFAULT::kernels, true}};
-#ifdef WMHA_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  sets.push_back({"AVX2", &wmha::cpu::AVX2::kernels, avx2});
-  sets.push_back({"AVX512", &wmha::cpu::AVX512::kernels, avx512});
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const bool amx = avx512_bf16 && __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx();
-  const std::vector<ScalarType> bf16 = {ScalarType::BFloat16};
-  sets.push_back({"AVX512BF16", &wmha::cpu::AVX512_BF16::kernels, avx512_bf16, bf16});
-  sets.push_back({"AMX", &wmha::cpu::AMX::kernels, amx, bf16});
-  sets.push_back({"AMXEmulated", &wmha::cpu::AMX_EMULATED::kernels, avx512_bf16, bf16});
-#endif
-  return sets;
 }
 
 } // namespace testing_wmha

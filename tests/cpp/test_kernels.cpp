@@ -7,7 +7,7 @@ using namespace testing_wmha;
 
 constexpr int64_t largest = std::numeric_limits<int64_t>::max();
 constexpr int64_t smallest = std::numeric_limits<int64_t>::min();
-constexpr int64_t query_tile = wmha::cpu::task_queries;
+constexpr int64_t query_tile = 96;
 constexpr int64_t key_tile = 96;     // with AMX: 384
 constexpr int64_t feature_tile = 48; // three vectors of fp32 with AVX-512, the widest register tile
 
@@ -173,7 +173,7 @@ TEST_P(Kernels, MergeTheSharesOfChunks) {
     c.right = right;
     c.offset = offset;
     c.temperature = {0.5, 2.0};
-    ASSERT_GT(BackwardSchedule(Problem(dtype(), c).params).chunks, 1);
+    ASSERT_GT(temperature_shares(Problem(dtype(), c).params), c.batch * c.heads);
     check(c);
   };
   with("narrow", 1100, 30, 11, {});

@@ -4,7 +4,7 @@
 
 #include <thread>
 
-#include "problem.h"
+#include "cpu_kernels.h"
 
 namespace {
 
@@ -32,10 +32,10 @@ void run(const wmha::cpu::Kernels& kernels, Problem& problem, int threads) {
   });
 }
 
-class Threads : public testing::TestWithParam<InstructionSet> {};
+class Threads : public testing::TestWithParam<KernelSet> {};
 
 TEST_P(Threads, GiveTheSameBitsAsOne) {
-  if (!GetParam().supported) GTEST_SKIP() << "this CPU has no " << GetParam().name;
+  if (!GetParam().supported) GTEST_SKIP() << "this machine has no " << GetParam().name;
   for (const ScalarType dtype : GetParam().dtypes) {
     for (const Case& c : std::initializer_list<Case>{
              {.name = "narrow",
@@ -65,7 +65,7 @@ TEST_P(Threads, GiveTheSameBitsAsOne) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(, Threads, testing::ValuesIn(instruction_sets()), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(, Threads, testing::ValuesIn(kernel_sets()), [](const auto& info) {
   return std::string(info.param.name);
 });
 

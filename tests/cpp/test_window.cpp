@@ -104,6 +104,33 @@ TEST(Window, KeepsItsOrderForAstronomicallyManyKeysAndQueries) {
   EXPECT_EQ(window.keys_of(largest / 2 - 8).size(), 0);
 }
 
+TEST(Window, FindsTheQueriesThatSeeAnyOfSomeKeys) {
+  constexpr int64_t queries = 7, keys = 6;
+  for (int64_t left = -1; left < 4; ++left) {
+    for (int64_t right = -1; right < 4; ++right) {
+      for (int64_t offset = -9; offset < 10; ++offset) {
+        const Window window{left, right, offset, keys};
+        for (int64_t begin = 0; begin < keys; ++begin) {
+          for (int64_t end = begin + 1; end <= keys; ++end) {
+            const Range found = window.queries_of({begin, end}, queries);
+            for (int64_t i = 0; i < queries; ++i) {
+              bool sees = false;
+              for (int64_t j = begin; j < end; ++j) sees = sees || reference::sees(window, i, j);
+              ASSERT_EQ(found.begin <= i && i < found.end, sees)
+                  << "query " << i << ", keys " << begin << " to " << end << ", window (" << left << ", " << right
+                  << "), offset " << offset;
+            }
+          }
+        }
+      }
+    }
+  }
+  for (const int64_t offset : {smallest, largest}) {
+    EXPECT_EQ((Window{2, 1, offset, keys}.queries_of({0, keys}, queries).size()), 0);
+    EXPECT_EQ((Window{-1, -1, offset, keys}.queries_of({0, keys}, queries).size()), queries);
+  }
+}
+
 TEST(Window, OfSeveralQueriesIsTheUnionOfTheirs) {
   for (int64_t left = -1; left <= 4; ++left) {
     for (int64_t right = -1; right <= 4; ++right) {

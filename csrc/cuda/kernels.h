@@ -1,0 +1,41 @@
+// The CUDA kernels. They know no torch: each function launches on the stream and returns.
+//
+// Errors of a launch are left to cudaGetLastError().
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace wmha::cuda {
+
+/// output and logsumexp.
+void forward(const AttentionParams& params, cudaStream_t stream);
+
+/// Elements of acc that backward() needs.
+inline int64_t workspace_size(const AttentionParams& params) { return params.batch * params.heads * params.queries; }
+
+/// Doubles that params.grad_temperature needs.
+int64_t temperature_shares(const AttentionParams& params);
+
+/// grad_query, grad_key, grad_value, and the shares of the temperature's gradient if params.grad_temperature isn't
+/// null. `workspace` is uninitialised.
+void backward(const AttentionParams& params, void* workspace, cudaStream_t stream);
+
+/// gradient[h] (per_head) or gradient[0]: the sum of the heads' shares, in one order. A double.
+void sum_temperature_shares(const AttentionParams& params, bool per_head, double* gradient, cudaStream_t stream);
+
+/// Where dropout keeps a weight: data[head][i][j] for query first_query + i and key first_key + j.
+struct DropoutMask {
+  bool* data;
+  int64_t heads; // of all batches
+  int64_t queries;
+  int64_t keys;
+  int64_t first_query;
+  int64_t first_key;
+};
+void dropout_mask(const DropoutMask& mask, const Dropout& dropout, const int64_t* rng_state, cudaStream_t stream);
+
+} // namespace wmha::cuda

@@ -1,0 +1,87 @@
+// Element types, and what happens to a single score. As csrc/cpu/scores.h: scores are in units of log 2.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <type_traits>
+
+#include "../params.h"
+
+namespace wmha::cuda {
+
+/// The type of the arithmetic: fp64 for fp64, fp32 for all others.
+template <typename T>
+using acc_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+/// Calls function(T()) with the element type of the tensors.
+template <typename Function>
+void with_scalar_type(ScalarType dtype, const Function& function) {
+  switch (dtype) {
+    case ScalarType::Double: return function(double());
+    case ScalarType::Float: return function(float());
+    case ScalarType::BFloat16: return function(__nv_bfloat16());
+    case ScalarType::Half: return function(__half());
+  }
+}
+
+constexpr double log2_of_e = 1.4426950408889634;
+constexpr double ln_of_2 = 0.6931471805599453;
+
+template <typename Acc>
+__device__ constexpr Acc infinity() {
+  return static_cast<Acc>(INFINITY);
+}
+
+__device__ inline float exp2_of(float x) { return exp2f(x); }
+__device__ inline double exp2_of(double x) { return exp2(x); }
+
+/// The row of a tensor with elements T.
+template <typename T, typename Pointer>
+__device__ auto at(const TensorView<Pointer>& view, int64_t batch, int64_t head, int64_t position) {
+  using Element = std::conditional_t<std::is_same_v<Pointer, void*>, T, const T>;
+  return static_cast<Element*>(view.data) + view.offset(batch, head, position);
+}
+
+/// From a product of query and key to z * log2 e, z = softcap(scale * <q, k>) / temperature, and back.
+template <typename Acc>
+struct ScoreTransform {
+  Acc factor;          // of products
+  Acc cap;             // softcap / temperature * log2 e; 0: off
+  Acc gradient_factor; // d z / d <q, k>, the derivative of tanh left out
+  double inverse_temperature;
+
+  __device__ ScoreTransform(const AttentionParams& params, int64_t head) {
+    double temperature = params.temperature;
+    if (params.temperature_data != nullptr) {
+      temperature = static_cast<const Acc*>(params.temperature_data)[head * params.temperature_stride];
+    }
+    inverse_temperature = 1 / temperature;
+    gradient_factor = static_cast<Acc>(params.scale / temperature);
+    cap = static_cast<Acc>(params.softcap / temperature * log2_of_e);
+    factor =
+        static_cast<Acc>(params.softcap > 0 ? params.scale / params.softcap : params.scale / temperature * log2_of_e);
+  }
+
+  __device__ Acc operator()(Acc product) const {
+    return cap > 0 ? cap * static_cast<Acc>(tanh(product * factor)) : product * factor;
+  }
+
+  /// d z / d <q, k> at a score z * log2 e.
+  __device__ Acc derivative(Acc score) const {
+    if (cap == 0) return gradient_factor;
+    const Acc tanh_of = score / cap;
+    return gradient_factor * (1 - tanh_of * tanh_of);
+  }
+};
+
+/// Is the weight of query `row` and `key` of head `batch * Hq + head` kept?
+__device__ inline bool keeps(const Dropout& dropout, const int64_t* rng_state, int64_t key, int64_t row, int64_t head) {
+  const auto seed = static_cast<uint64_t>(rng_state[0]);
+  const PhiloxWords words = philox<Dropout::rounds>(
+      Dropout::counter(key, row, head, rng_state[1]), static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return dropout.keeps(words, key);
+}
+
+} // namespace wmha::cuda

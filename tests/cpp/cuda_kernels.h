@@ -1,0 +1,55 @@
+// The CUDA kernels as the tests call them: on managed memory, which host and device see, and on a stream of their own.
+#pragma once
+
+#include "../../csrc/cuda/kernels.h"
+#include "problem.h"
+
+namespace testing_wmha {
+
+inline void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  return cudaMallocManaged(&memory, std::max<size_t>(bytes, 1)) == cudaSuccess ? memory : nullptr;
+}
+inline void release(void* memory) { cudaFree(memory); }
+
+inline int64_t temperature_shares(const AttentionParams& params) {
+  return std::max(wmha::cuda::temperature_shares(params), params.batch * params.heads);
+}
+
+struct KernelSet {
+  const char* name;
+  bool supported; // by this machine
+  std::vector<ScalarType> dtypes = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+};
+
+inline std::vector<KernelSet> kernel_sets() {
+  int devices = 0;
+  const bool supported = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+  return {{"CUDA", supported}};
+}
+
+inline cudaStream_t test_stream() {
+  static const cudaStream_t stream = [] {
+    cudaStream_t created = nullptr;
+    EXPECT_EQ(cudaStreamCreateWithFlags(&created, cudaStreamNonBlocking), cudaSuccess);
+    return created;
+  }();
+  return stream;
+}
+
+/// Forward and backward.
+inline void run(const KernelSet&, Problem& problem) {
+  Tensor workspace(problem.acc, 1, 1, 1, wmha::cuda::workspace_size(problem.params));
+  wmha::cuda::forward(problem.params, test_stream());
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+  wmha::cuda::backward(problem.params, workspace.data(), test_stream());
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+  EXPECT_EQ(cudaStreamSynchronize(test_stream()), cudaSuccess);
+  EXPECT_TRUE(workspace.surroundings_untouched());
+}
+
+/// Is there a forward pass of its own for so few queries?
+inline bool decodes(const AttentionParams&) { return false; }
+inline void decode(const KernelSet&, Problem&) {}
+
+} // namespace testing_wmha

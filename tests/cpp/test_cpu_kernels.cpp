@@ -1,0 +1,126 @@
+// What concerns the CPU kernels alone: results don't depend on how tasks are split, and any memory will do.
+#include <sys/mman.h>
+
+#include "kernel_fixture.h"
+
+namespace {
+
+using namespace testing_wmha;
+
+class CpuKernels : public Kernels {};
+
+TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
+  const wmha::cpu::Kernels& kernels = *set().kernels;
+  for (const Case& c : std::initializer_list<Case>{
+           {.name = "narrow",
+            .batch = 2,
+            .heads = 4,
+            .kv_heads = 2,
+            .queries = 1000,
+            .keys = 1010,
+            .left = 40,
+            .right = 9,
+            .temperature = {0.5, 1.0, 2.0, 4.0},
+            .dropout = 0.1},
+           {.name = "causal", .heads = 2, .kv_heads = 1, .queries = 1500, .keys = 700, .right = 0}}) {
+    SCOPED_TRACE(testing::Message() << c);
+    Problem whole(dtype(), c), pieces(dtype(), c);
+    run(set(), whole);
+
+    std::mt19937 random(7);
+    const auto in_pieces = [&](int64_t tasks, const auto& call) {
+      std::vector<Range> ranges;
+      for (int64_t begin = 0; begin < tasks;) {
+        const int64_t end = std::min<int64_t>(tasks, begin + 1 + random() % 3);
+        ranges.push_back({begin, end});
+        begin = end;
+      }
+      ASSERT_GT(ranges.size(), 1) << "nothing to split";
+      std::shuffle(ranges.begin(), ranges.end(), random);
+      for (const Range& range : ranges) {
+        Tasks tasks(range.begin, range.end);
+        call(tasks);
+      }
+    };
+    in_pieces(wmha::cpu::forward_tasks(pieces.params), [&](Tasks& tasks) { kernels.forward(pieces.params, tasks); });
+    const BackwardSchedule schedule(pieces.params);
+    Tensor workspace = make_workspace(pieces, schedule);
+    in_pieces(
+        schedule.tasks(), [&](Tasks& tasks) { kernels.backward(pieces.params, schedule, workspace.data(), tasks); });
+    in_pieces(schedule.merge_tasks(), [&](Tasks& tasks) {
+      kernels.merge_backward(pieces.params, schedule, workspace.data(), tasks);
+    });
+    for (size_t t = 0; t < whole.outputs().size(); ++t) {
+      EXPECT_TRUE(pieces.outputs()[t]->bitwise_equal(*whole.outputs()[t])) << "tensor " << t;
+    }
+    EXPECT_EQ(pieces.grad_temperature, whole.grad_temperature);
+  }
+}
+
+// ---- Large tensors ----
+
+/// Address space without memory, for rows that lie far apart.
+class AddressSpace {
+ public:
+  explicit AddressSpace(size_t bytes) : bytes_(bytes) {
+    address_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  }
+  ~AddressSpace() {
+    if (available()) munmap(address_, bytes_);
+  }
+  AddressSpace(const AddressSpace&) = delete;
+  AddressSpace& operator=(const AddressSpace&) = delete;
+
+  bool available() const { return address_ != MAP_FAILED; }
+  char* data() const { return static_cast<char*>(address_); }
+
+ private:
+  size_t bytes_;
+  void* address_;
+};
+
+TEST_P(CpuKernels, CountElementsBeyondWhatAnIntHolds) {
+  const Case c = {.name = "far apart", .heads = 1, .kv_heads = 1, .queries = 3, .keys = 3};
+  constexpr int64_t stride = (int64_t{1} << 31) + 5;
+  Problem near(dtype(), c), far(dtype(), c);
+  const int64_t element = far.key.element_size();
+  const AddressSpace space(c.keys * stride * element);
+  if (!space.available()) GTEST_SKIP() << "this system reserves memory for all address space";
+  // Query, key and value share the space, as do their gradients: `place` elements into each row.
+  const auto move = [&](auto& view, int64_t dim, int64_t place, bool copy) {
+    char* to = space.data() + place * element;
+    for (int64_t n = 0; copy && n < c.keys; ++n) {
+      std::memcpy(
+          to + n * stride * element, static_cast<const char*>(view.data) + n * view.position_stride * element,
+          dim * element);
+    }
+    view.data = to;
+    view.position_stride = stride;
+  };
+  run(set(), near);
+  move(far.params.query, c.key_dim, 0, true);
+  move(far.params.key, c.key_dim, 100, true);
+  move(far.params.value, c.value_dim, 200, true);
+  move(far.params.grad_output, c.value_dim, 300, true);
+  move(far.params.output, c.value_dim, 400, false);
+  move(far.params.grad_query, c.key_dim, 500, false);
+  move(far.params.grad_key, c.key_dim, 600, false);
+  move(far.params.grad_value, c.value_dim, 700, false);
+  run(set(), far);
+  const auto expect_equal = [&](const wmha::OutputView& actual, const wmha::OutputView& expected, int64_t dim) {
+    for (int64_t n = 0; n < c.keys; ++n) {
+      const auto row = [&](const wmha::OutputView& view) {
+        return static_cast<const char*>(view.data) + n * view.position_stride * element;
+      };
+      EXPECT_EQ(std::memcmp(row(actual), row(expected), dim * element), 0) << "row " << n;
+    }
+  };
+  expect_equal(far.params.output, near.params.output, c.value_dim);
+  expect_equal(far.params.grad_query, near.params.grad_query, c.key_dim);
+  expect_equal(far.params.grad_key, near.params.grad_key, c.key_dim);
+  expect_equal(far.params.grad_value, near.params.grad_value, c.value_dim);
+}
+
+INSTANTIATE_TEST_SUITE_P(, CpuKernels, every_kernel(), kernel_name);
+
+} // namespace
