@@ -91,7 +91,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
 
 } // namespace
 
-void forward(const AttentionParams& params, cudaStream_t stream) {
+void general_forward(const AttentionParams& params, cudaStream_t stream) {
   const int64_t tasks =
       params.batch * params.heads * ((params.queries + tile - 1) / tile) * ((params.value_dim + tile - 1) / tile);
   with_scalar_type(params.dtype, [&](auto type) {

@@ -14,6 +14,13 @@ namespace wmha::cuda {
 /// output and logsumexp.
 void forward(const AttentionParams& params, cudaStream_t stream);
 
+/// Its kernels: for anything, and for what runs_on_tensor_cores(params).
+void general_forward(const AttentionParams& params, cudaStream_t stream);
+void tensor_core_forward(const AttentionParams& params, cudaStream_t stream);
+
+/// Are the tensors of a half type, no wider than 256, and in chunks of 16 bytes?
+bool runs_on_tensor_cores(const AttentionParams& params);
+
 /// Elements of acc that backward() needs.
 inline int64_t workspace_size(const AttentionParams& params) { return params.batch * params.heads * params.queries; }
 

@@ -76,12 +76,29 @@ struct ScoreTransform {
   }
 };
 
-/// Is the weight of query `row` and `key` of head `batch * Hq + head` kept?
+/// The dropout generator of one call.
+struct DropoutBits {
+  uint32_t key_low = 0;
+  uint32_t key_high = 0;
+  int64_t offset = 0;
+
+  /// rng_state isn't read without dropout.
+  __device__ DropoutBits(const Dropout& dropout, const int64_t* rng_state) {
+    if (!dropout.enabled()) return;
+    key_low = static_cast<uint32_t>(rng_state[0]);
+    key_high = static_cast<uint32_t>(static_cast<uint64_t>(rng_state[0]) >> 32);
+    offset = rng_state[1];
+  }
+
+  /// The random words of the eight keys around `key` for query `row` of head `batch * Hq + head`.
+  __device__ PhiloxWords operator()(int64_t key, int64_t row, int64_t head) const {
+    return philox<Dropout::rounds>(Dropout::counter(key, row, head, offset), key_low, key_high);
+  }
+};
+
+/// Is the weight kept?
 __device__ inline bool keeps(const Dropout& dropout, const int64_t* rng_state, int64_t key, int64_t row, int64_t head) {
-  const auto seed = static_cast<uint64_t>(rng_state[0]);
-  const PhiloxWords words = philox<Dropout::rounds>(
-      Dropout::counter(key, row, head, rng_state[1]), static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  return dropout.keeps(words, key);
+  return dropout.keeps(DropoutBits(dropout, rng_state)(key, row, head), key);
 }
 
 } // namespace wmha::cuda
