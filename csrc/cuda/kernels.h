@@ -18,7 +18,7 @@ void forward(const AttentionParams& params, cudaStream_t stream);
 void general_forward(const AttentionParams& params, cudaStream_t stream);
 void tensor_core_forward(const AttentionParams& params, cudaStream_t stream);
 
-/// Are the tensors of a half type, no wider than 256, and in chunks of 16 bytes?
+/// Are the tensors of a half type, no wider than 256, no longer than 2^30, and in chunks of 16 bytes?
 bool runs_on_tensor_cores(const AttentionParams& params);
 
 /// Elements of acc that backward() needs.
