@@ -104,8 +104,8 @@ class Bounded:
 #   - Arithmetic is in fp32 (fp64 for fp64). A weight exp(z - lse) has the relative error of exp, 20 ulp at most in
 #     fp32, plus the absolute errors of z and lse, which are relative to the largest score: ROUNDINGS * (1 + |z|). The
 #     rest is for the sums. Over the table, fp32 and fp64 use a sixth of it where terms don't cancel.
-#   - Kernels may round weights and gradients of scores to bf16 before they are multiplied by bf16 tensors: half an
-#     epsilon each.
+#   - Kernels may round weights and gradients of scores to bf16, and on CUDA to fp16, before they are multiplied by
+#     tensors of that dtype: half an epsilon each, or half of the smallest number.
 #   - Results are rounded to their own dtype once: half an epsilon. Backward reads the output that forward rounded.
 ROUNDINGS = 24
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -158,9 +158,11 @@ def expected(case: Case, inputs: Inputs, mask: torch.Tensor | None = None) -> di
         products_slack = factor * (grad_scores_slack * through_cap + grad_scores * through_cap_slack)
 
         def rounded_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-            """How far left @ right may be off if left is rounded to bf16."""
-            half = EPSILON[dtype] / 2 if dtype == torch.bfloat16 else 0.0
-            return half * (left.abs() @ right.abs())
+            """How far left @ right may be off if left is rounded."""
+            if dtype != torch.bfloat16 and not (dtype == torch.float16 and inputs.query.is_cuda):
+                return torch.zeros(())
+            rounded = EPSILON[dtype] / 2 * left.abs() + FLOOR[dtype] / 2 * (left != 0)
+            return rounded @ right.abs()
 
         grad_products = factor * grad_scores * through_cap
 
