@@ -84,53 +84,45 @@ __global__ __launch_bounds__(threads) void grad_query_kernel(AttentionParams par
   using Acc = acc_type<T>;
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = reinterpret_cast<SharedTiles<Acc>&>(memory);
-  const int64_t chunks = (params.key_dim + tile - 1) / tile;
-  const int64_t blocks = (params.queries + tile - 1) / tile;
-  const int first_feature = static_cast<int>(blockIdx.x % chunks) * tile;
-  const int64_t first_query = blockIdx.x / chunks % blocks * tile;
-  const int64_t batch_head = blockIdx.x / chunks / blocks;
-  const int64_t batch = batch_head / params.heads;
-  const int64_t head = batch_head % params.heads;
-  const int64_t kv_head = params.kv_head(head);
-  const Range queries{first_query, min(first_query + tile, params.queries)};
-  const auto query_rows = rows_of<T>(params.query, batch, head, queries, params.key_dim);
-  const auto grad_output_rows = rows_of<T>(params.grad_output, batch, head, queries, params.value_dim);
-  const ScoreTransform<Acc> transform(params, head);
+  const QueryTask task(params, params.key_dim);
+  const auto query_rows = rows_of<T>(params.query, task.batch, task.head, task.queries, params.key_dim);
+  const auto grad_output_rows = rows_of<T>(params.grad_output, task.batch, task.head, task.queries, params.value_dim);
+  const ScoreTransform<Acc> transform(params, task.head);
   const int ty = threadIdx.x / 16;
   const int tx = threadIdx.x % 16;
   double temperature = 0;
   Part<Acc> grad_query;
 
-  const Range keys = params.window.keys_of(queries);
+  const Range keys = params.window.keys_of(task.queries);
   for (int64_t first_key = keys.begin; first_key < keys.end; first_key += tile) {
     const Range positions{first_key, min(first_key + tile, keys.end)};
-    const auto key_rows = rows_of<T>(params.key, batch, kv_head, positions, params.key_dim);
-    const auto value_rows = rows_of<T>(params.value, batch, kv_head, positions, params.value_dim);
+    const auto key_rows = rows_of<T>(params.key, task.batch, task.kv_head, positions, params.key_dim);
+    const auto value_rows = rows_of<T>(params.value, task.batch, task.kv_head, positions, params.value_dim);
     Part<Acc> grad_products = multiply(query_rows, key_rows, shared);
     const Part<Acc> grad_weights = multiply(grad_output_rows, value_rows, shared);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const QueryState<Acc> query(params, deltas, batch_head, first_query + ty + 16 * i);
+      const QueryState<Acc> query(params, deltas, task.batch_head, task.first_query + ty + 16 * i);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const PairGradients<Acc> pair(
-            params, transform, query, batch_head, first_key + tx + 16 * j, grad_products.at[i][j],
+            params, transform, query, task.batch_head, first_key + tx + 16 * j, grad_products.at[i][j],
             grad_weights.at[i][j]);
         temperature += pair.temperature;
         grad_products.at[i][j] = pair.grad_product;
       }
     }
-    add_product(grad_products, key_rows, first_feature, shared, grad_query);
+    add_product(grad_products, key_rows, task.first_feature, shared, grad_query);
   }
 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int64_t query = first_query + ty + 16 * i;
-    if (query >= queries.end) continue;
-    T* target = at<T>(params.grad_query, batch, head, query);
-    store_row(grad_query, i, Acc(1), first_feature, static_cast<int>(params.key_dim), target);
+    const int64_t query = task.first_query + ty + 16 * i;
+    if (query >= task.queries.end) continue;
+    T* target = at<T>(params.grad_query, task.batch, task.head, query);
+    store_row(grad_query, i, Acc(1), task.first_feature, static_cast<int>(params.key_dim), target);
   }
-  if (params.grad_temperature == nullptr || first_feature > 0) return;
+  if (params.grad_temperature == nullptr || task.first_feature > 0) return;
   __shared__ double rows[16];
   temperature = sum_of_row(temperature);
   if (tx == 0) rows[ty] = temperature;
@@ -139,7 +131,7 @@ __global__ __launch_bounds__(threads) void grad_query_kernel(AttentionParams par
     double sum = 0;
     for (const double row : rows) sum += row;
     // z is proportional to 1 / temperature.
-    params.grad_temperature[blockIdx.x / chunks] = -sum * ln_of_2 * transform.inverse_temperature;
+    params.grad_temperature[task.index] = -sum * ln_of_2 * transform.inverse_temperature;
   }
 }
 
@@ -149,8 +141,8 @@ __global__ __launch_bounds__(threads) void grad_key_value_kernel(AttentionParams
   using Acc = acc_type<T>;
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = reinterpret_cast<SharedTiles<Acc>&>(memory);
-  const int64_t chunks = (max(params.key_dim, params.value_dim) + tile - 1) / tile;
-  const int64_t blocks = (params.keys() + tile - 1) / tile;
+  const int64_t chunks = ceil_div(max(params.key_dim, params.value_dim), tile);
+  const int64_t blocks = ceil_div(params.keys(), tile);
   const int first_feature = static_cast<int>(blockIdx.x % chunks) * tile;
   const int64_t first_key = blockIdx.x / chunks % blocks * tile;
   const int64_t batch = blockIdx.x / chunks / blocks / params.kv_heads;
@@ -224,8 +216,6 @@ __global__ __launch_bounds__(threads) void sum_shares_kernel(
   for (int i = 1; i < threads; ++i) sum += sums[i];
   gradient[blockIdx.x] = sum;
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 } // namespace
 

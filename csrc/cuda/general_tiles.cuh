@@ -13,6 +13,33 @@ constexpr int tile = 64;
 constexpr int threads = 256;
 constexpr int features_at_once = 32;
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// What a block of threads is for, where it has 64 queries of one head and 64 of `dim` features.
+struct QueryTask {
+  int first_feature;
+  int64_t index; // of (batch, head, block of queries)
+  int64_t first_query;
+  int64_t batch_head;
+  int64_t batch;
+  int64_t head;
+  int64_t kv_head;
+  Range queries;
+
+  __device__ QueryTask(const AttentionParams& params, int64_t dim) {
+    const int64_t chunks = ceil_div(dim, tile);
+    const int64_t blocks = ceil_div(params.queries, tile);
+    first_feature = static_cast<int>(blockIdx.x % chunks) * tile;
+    index = blockIdx.x / chunks;
+    first_query = index % blocks * tile;
+    batch_head = index / blocks;
+    batch = batch_head / params.heads;
+    head = batch_head % params.heads;
+    kv_head = params.kv_head(head);
+    queries = {first_query, min(first_query + tile, params.queries)};
+  }
+};
+
 /// A thread's part of a tile.
 template <typename Acc>
 struct Part {

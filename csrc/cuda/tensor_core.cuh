@@ -157,23 +157,25 @@ __device__ LaneAddresses<T, dim> by_column(const HalfTile<T, dim>& tile) {
   return {tile, lane % 8 + lane / 16 * 8, lane / 8 % 2};
 }
 
+/// Four 8 x 8 matrices, of each the lane's two elements.
+__device__ inline void load_matrices(uint32_t address, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(address)
+               : "memory");
+}
+
 /// 16 rows and features as the left operand.
 __device__ inline LeftFragment load_left(uint32_t address) {
   LeftFragment fragment;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(fragment.x[0]), "=r"(fragment.x[1]), "=r"(fragment.x[2]), "=r"(fragment.x[3])
-               : "r"(address)
-               : "memory");
+  load_matrices(address, fragment.x[0], fragment.x[1], fragment.x[2], fragment.x[3]);
   return fragment;
 }
 /// 16 rows as columns of the right operand: products along the features.
 __device__ inline RightFragments load_right(uint32_t address) {
   RightFragments fragments;
   auto& x = fragments.x;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[1][0]), "=r"(x[1][1])
-               : "r"(address)
-               : "memory");
+  load_matrices(address, x[0][0], x[0][1], x[1][0], x[1][1]);
   return fragments;
 }
 /// 16 features as columns of the right operand: products along the rows.
