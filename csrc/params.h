@@ -8,6 +8,12 @@
 
 namespace wmha {
 
+// Kernels keep scores in units of log 2: exp(z) = 2^(z * log2 e).
+constexpr double log2_of_e = 1.4426950408889634;
+constexpr double ln_of_2 = 0.6931471805599453;
+
+WMHA_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 enum class ScalarType { Double, Float, BFloat16, Half };
 
 /// A (batch, head, position, feature) tensor; strides in elements, features are contiguous.

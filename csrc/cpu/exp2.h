@@ -5,9 +5,6 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-constexpr double log2_of_e = 1.4426950408889634;
-constexpr double ln_of_2 = 0.6931471805599453;
-
 inline at::vec::Vectorized<double> exp2(at::vec::Vectorized<double> x) { return x.exp2(); }
 
 /// Relative error below 1.5e-7 (and 1 at 0, so that a factor that should be none is none); 2^-inf = 0; NaN stays NaN.

@@ -12,8 +12,6 @@ namespace wmha::cpu {
 /// Queries of a task of the forward pass. A kernel cuts them into blocks, of which this is a multiple.
 constexpr int64_t task_queries = 96;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// The tasks [begin, end), handed out in runs of neighbours, each task once, to any number of threads.
 class Tasks {
  public:

@@ -13,8 +13,6 @@ constexpr int tile = 64;
 constexpr int threads = 256;
 constexpr int features_at_once = 32;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// What a block of threads is for, where it has 64 queries of one head and 64 of `dim` features.
 struct QueryTask {
   int first_feature;

@@ -26,9 +26,6 @@ void with_scalar_type(ScalarType dtype, const Function& function) {
   }
 }
 
-constexpr double log2_of_e = 1.4426950408889634;
-constexpr double ln_of_2 = 0.6931471805599453;
-
 template <typename Acc>
 __device__ constexpr Acc infinity() {
   return static_cast<Acc>(INFINITY);

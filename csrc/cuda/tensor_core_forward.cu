@@ -43,7 +43,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
   const int lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * warp_rows;
 
-  const int64_t blocks = (params.queries + query_rows - 1) / query_rows;
+  const int64_t blocks = ceil_div(params.queries, query_rows);
   const int64_t first_query = blockIdx.x % blocks * query_rows;
   const int64_t batch_head = blockIdx.x / blocks;
   const int64_t batch = batch_head / params.heads;
@@ -280,7 +280,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
 template <typename T, int dim>
 void launch(const AttentionParams& params, cudaStream_t stream) {
   constexpr int bytes = (query_rows + 4 * key_rows_of(dim)) * dim * sizeof(T);
-  const int64_t tasks = params.batch * params.heads * ((params.queries + query_rows - 1) / query_rows);
+  const int64_t tasks = params.batch * params.heads * ceil_div(params.queries, query_rows);
   if (tasks == 0) return;
   cudaFuncSetAttribute(forward_kernel<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   forward_kernel<T, dim><<<static_cast<unsigned>(tasks), threads, bytes, stream>>>(params);
