@@ -1,0 +1,173 @@
+// Tiles of half types in shared memory: how they lie there, how they are filled, where a lane finds its part of them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "../params.h"
+#include "tensor_core.cuh"
+
+namespace wmha::cuda {
+
+constexpr int chunk = 8; // elements of 16 bytes, what one lane moves
+
+/// Rows of `dim` elements. The chunks of a row are stored in an order that differs from row to row, so that the same
+/// chunk of eight neighbouring rows lies in different banks.
+template <typename T, int dim>
+struct HalfTile {
+  static constexpr int ordered = dim / chunk % 8 == 0 ? 8 : 4; // neighbouring chunks that change places
+
+  T* data;
+
+  __device__ static int order(int row) { return ordered == 8 ? row & 7 : row >> 1 & 3; }
+  __device__ static int offset(int row, int part) { return row * dim + (part ^ order(row)) * chunk; }
+  __device__ uint32_t address(int row, int part) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(data + offset(row, part)));
+  }
+};
+
+template <typename Function, int... i>
+__device__ void call_with(std::integer_sequence<int, i...>, const Function& function) {
+  (function(std::integral_constant<int, i>()), ...);
+}
+
+/// Calls function with the constants 0 to n - 1 in turn: a loop whose counter instructions can hold.
+template <int n, typename Function>
+__device__ void unrolled(const Function& function) {
+  call_with(std::make_integer_sequence<int, n>(), function);
+}
+
+/// Where a lane finds its chunk of 16 x 16 elements, for ldmatrix.
+template <typename T, int dim>
+class LanePlace {
+ public:
+  /// The lane's place in the 16 x 16 elements: a row, and the left (0) or right (1) chunk.
+  __device__ LanePlace(const HalfTile<T, dim>& tile, int row, int part) : address_(tile.address(row, part)) {}
+
+  /// The same, `rows` (a multiple of 16) further down.
+  __device__ LanePlace after(int rows) const {
+    LanePlace place = *this;
+    place.address_ += rows * dim * bytes;
+    return place;
+  }
+
+  /// For 16 rows from `row` and 16 features from `feature`, both multiples of 16. The order of chunks is an exclusive
+  /// or with bits of the row, hence one of addresses: rows begin at multiples of all chunks that change places.
+  template <int row, int feature>
+  __device__ auto at() const {
+    constexpr int ordered = HalfTile<T, dim>::ordered * chunk;
+    constexpr int offset = (row * dim + feature / ordered * ordered) * bytes;
+    return SharedAddress<offset>{address_ ^ (feature % ordered * bytes)};
+  }
+
+ private:
+  static constexpr int bytes = sizeof(T);
+  uint32_t address_;
+};
+
+/// The places for load_left() and load_right_transposed().
+template <typename T, int dim>
+__device__ LanePlace<T, dim> by_row(const HalfTile<T, dim>& tile) {
+  const int lane = threadIdx.x % 32;
+  return {tile, lane % 16, lane / 16};
+}
+/// The places for load_right().
+template <typename T, int dim>
+__device__ LanePlace<T, dim> by_column(const HalfTile<T, dim>& tile) {
+  const int lane = threadIdx.x % 32;
+  return {tile, lane % 8 + lane / 16 * 8, lane / 8 % 2};
+}
+
+/// Copies rows of a tensor to a tile, in the background: what one thread does of it. A row's chunks are copied by
+/// neighbouring threads.
+template <typename T, int dim, int threads>
+class RowCopy {
+ public:
+  /// Row 0 of the tile comes from `data`, and so on; of each the first `features`, a multiple of 8, zeros behind them.
+  __device__ RowCopy(const HalfTile<T, dim>& tile, const T* data, int64_t stride, int features)
+      : row_(threadIdx.x / width),
+        part_(threadIdx.x % width),
+        features_(features),
+        to_(tile.address(row_, part_)),
+        row_bytes_(stride * static_cast<int64_t>(sizeof(T))),
+        from_(reinterpret_cast<const char*>(data) + row_ * row_bytes_ + part_ * 16) {
+    asm("" : "+r"(to_), "+l"(from_)); // kept, not computed again at each use
+  }
+
+  /// Begins to copy `rows` rows from row `first` of the tensor on, to the tile's row `to` (a multiple of 16) and after;
+  /// zeros instead of those outside [begin, end).
+  template <int rows>
+  __device__ void start(int first, int to, int begin, int end) const {
+    const char* from = from_ + first * row_bytes_;
+    const uint32_t target = to_ + to * dim * static_cast<int>(sizeof(T));
+    if (begin <= first && first + rows <= end && features_ == dim) {
+      copy<rows>(from, target, [](int, int) { return true; });
+    } else {
+      copy<rows>(from, target, [&](int row, int part) {
+        const int place = first + row + row_;
+        return begin <= place && place < end && (part + part_) * chunk < features_;
+      });
+    }
+  }
+
+ private:
+  /// Of each chunk, whether there(row, part) it is.
+  template <int rows, typename There>
+  __device__ void copy(const char* from, uint32_t to, const There& there) const {
+    unrolled<rows * width / threads>([&](auto step) {
+      unrolled<dim / chunk / width>([&](auto i) {
+        constexpr int row = step * threads / width, part = i * width;
+        copy_chunk<(row * dim + part * chunk) * sizeof(T), part * 16>(to, from, there(row, part));
+      });
+      from += threads / width * row_bytes_;
+    });
+  }
+
+  static constexpr int width = HalfTile<T, dim>::ordered; // chunks of a row at once
+  int row_;
+  int part_;
+  int features_;
+  uint32_t to_;
+  int64_t row_bytes_;
+  const char* from_;
+};
+
+/// A warp stores rows of a tile, from its row `first` on, in whole chunks; `features` of each.
+template <typename T, int dim>
+__device__ void store_rows(const HalfTile<T, dim>& tile, int first, int rows, int features, T* to, int64_t stride) {
+  constexpr int width = HalfTile<T, dim>::ordered; // chunks of a row at once
+  const int part = threadIdx.x % width;
+  T* target = to + threadIdx.x % 32 / width * stride + part * chunk;
+#pragma unroll 4
+  for (int row = threadIdx.x % 32 / width; row < rows; row += 32 / width) {
+#pragma unroll
+    for (int i = 0; i < dim / chunk; i += width) {
+      if ((i + part) * chunk >= features) continue;
+      *reinterpret_cast<uint4*>(target + i * chunk) =
+          *reinterpret_cast<const uint4*>(tile.data + HalfTile<T, dim>::offset(first + row, i + part));
+    }
+    target += 32 / width * stride;
+  }
+}
+
+/// Calls function(T(), std::integral_constant<int, dim>()) with the type of the tensors and the features of their
+/// tiles.
+template <typename Function>
+void with_tile(const AttentionParams& params, const Function& function) {
+  const int64_t widest = params.key_dim > params.value_dim ? params.key_dim : params.value_dim;
+  const auto with_type = [&](auto type) {
+    if (widest <= 32) return function(type, std::integral_constant<int, 32>());
+    if (widest <= 64) return function(type, std::integral_constant<int, 64>());
+    if (widest <= 96) return function(type, std::integral_constant<int, 96>());
+    if (widest <= 128) return function(type, std::integral_constant<int, 128>());
+    if (widest <= 192) return function(type, std::integral_constant<int, 192>());
+    function(type, std::integral_constant<int, 256>());
+  };
+  params.dtype == ScalarType::Half ? with_type(__half()) : with_type(__nv_bfloat16());
+}
+
+} // namespace wmha::cuda

@@ -1,0 +1,50 @@
+// Who sees whom, for the rows of a warp's fragments.
+#pragma once
+
+#include "../window.h"
+#include "tensor_core.cuh"
+
+namespace wmha::cuda {
+
+/// The half-open range [begin, end) of positions, relative to some first one.
+struct Places {
+  int begin;
+  int end;
+
+  __device__ Places() : begin(0), end(0) {}
+  __device__ Places(int begin, int end) : begin(begin), end(end) {}
+  __device__ Places(const Range& range, int64_t first)
+      : Places(static_cast<int>(range.begin - first), static_cast<int>(range.end - first)) {}
+
+  __device__ bool covers(int first, int last) const { return begin <= first && last <= end; }
+  __device__ bool holds(int place) const { return begin <= place && place < end; }
+  /// Those of another lane.
+  __device__ Places of_lane(int lane) const {
+    return {__shfl_sync(all_lanes, begin, lane), __shfl_sync(all_lanes, end, lane)};
+  }
+};
+
+/// What up to 32 rows see, whose ranges move in one direction.
+template <int lane_rows>
+struct RowsSeen {
+  Places any; // seen by at least one of the rows
+  Places all; // seen by all of them
+  Places row[lane_rows];
+
+  /// seen_by(r) is what row r sees, of `rows` rows; the others see nothing. The lane's own rows are first_row + i *
+  /// step.
+  template <typename SeenBy>
+  __device__ RowsSeen(int rows, int first_row, int step, const SeenBy& seen_by) {
+    const int lane = threadIdx.x % 32;
+    Places own;
+    if (lane < rows) own = seen_by(lane);
+    const Places first = own.of_lane(0);
+    const Places last = own.of_lane(max(rows, 1) - 1);
+    any = {first.begin, last.end};
+    all = {last.begin, first.end};
+#pragma unroll
+    for (int i = 0; i < lane_rows; ++i) row[i] = own.of_lane(first_row + i * step);
+  }
+};
+
+} // namespace wmha::cuda
