@@ -38,8 +38,8 @@ struct Window {
   /// The keys that query i >= 0 sees. Both ends never decrease as i grows.
   WMHA_HOST_DEVICE constexpr Range keys_of(int64_t i) const {
     const int64_t position = saturating_add(i, offset);
-    const int64_t first = left < 0 ? 0 : clip(saturating_add(position, -left));
-    const int64_t last = right < 0 ? keys : clip(saturating_add(saturating_add(position, right), 1));
+    const int64_t first = left < 0 ? 0 : clip(saturating_add(position, -left), keys);
+    const int64_t last = right < 0 ? keys : clip(saturating_add(saturating_add(position, right), 1), keys);
     return {first < last ? first : last, last};
   }
 
@@ -50,8 +50,16 @@ struct Window {
 
   /// Those of the queries [0, count) that see at least one of the keys. Precondition: keys is not empty.
   WMHA_HOST_DEVICE constexpr Range queries_of(Range wanted, int64_t count) const {
-    const int64_t first = first_query(count, [&](Range seen) { return seen.end > wanted.begin; });
-    const int64_t last = first_query(count, [&](Range seen) { return seen.begin >= wanted.end; });
+    int64_t first = 0;
+    int64_t last = count;
+    constexpr int64_t far = int64_t{1} << 62;
+    if (-far < offset && offset < far) { // no position saturates: keys_of() solved for the query
+      if (right >= 0) first = clip(saturating_add(wanted.begin - right, -offset), count);
+      if (left >= 0) last = clip(saturating_add(saturating_add(wanted.end, left), -offset), count);
+    } else {
+      first = first_query(count, [&](Range seen) { return seen.end > wanted.begin; });
+      last = first_query(count, [&](Range seen) { return seen.begin >= wanted.end; });
+    }
     return {first < last ? first : last, last};
   }
 
@@ -71,7 +79,7 @@ struct Window {
     return begin;
   }
 
-  WMHA_HOST_DEVICE constexpr int64_t clip(int64_t key) const { return key < 0 ? 0 : key > keys ? keys : key; }
+  WMHA_HOST_DEVICE static constexpr int64_t clip(int64_t x, int64_t end) { return x < 0 ? 0 : x > end ? end : x; }
 };
 
 } // namespace wmha

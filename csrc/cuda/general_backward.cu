@@ -223,7 +223,7 @@ int64_t temperature_shares(const AttentionParams& params) {
   return params.batch * params.heads * ceil_div(params.queries, tile);
 }
 
-void backward(const AttentionParams& params, void* workspace, cudaStream_t stream) {
+void general_backward(const AttentionParams& params, void* workspace, cudaStream_t stream) {
   const int64_t rows = params.batch * params.heads * params.queries;
   const int64_t query_tasks =
       params.batch * params.heads * ceil_div(params.queries, tile) * ceil_div(params.key_dim, tile);

@@ -82,23 +82,31 @@ __device__ LanePlace<T, dim> by_column(const HalfTile<T, dim>& tile) {
   return {tile, lane % 8 + lane / 16 * 8, lane / 8 % 2};
 }
 
+/// Tile row r holds position r, or neighbouring positions are in the rows that one lane has sums of, r and r + 8.
+enum class Order { plain, pairs };
+
+template <Order order>
+__device__ int position_of(int row) {
+  return order == Order::plain ? row : (row & ~15) | (row & 7) << 1 | (row >> 3 & 1);
+}
+
 /// Copies rows of a tensor to a tile, in the background: what one thread does of it. A row's chunks are copied by
 /// neighbouring threads.
-template <typename T, int dim, int threads>
+template <typename T, int dim, int threads, Order order = Order::plain>
 class RowCopy {
  public:
-  /// Row 0 of the tile comes from `data`, and so on; of each the first `features`, a multiple of 8, zeros behind them.
+  /// Position 0 comes from `data`, and so on; of each the first `features`, a multiple of 8, zeros behind them.
   __device__ RowCopy(const HalfTile<T, dim>& tile, const T* data, int64_t stride, int features)
-      : row_(threadIdx.x / width),
+      : position_(position_of<order>(threadIdx.x / width)),
         part_(threadIdx.x % width),
         features_(features),
-        to_(tile.address(row_, part_)),
+        to_(tile.address(threadIdx.x / width, part_)),
         row_bytes_(stride * static_cast<int64_t>(sizeof(T))),
-        from_(reinterpret_cast<const char*>(data) + row_ * row_bytes_ + part_ * 16) {
+        from_(reinterpret_cast<const char*>(data) + position_ * row_bytes_ + part_ * 16) {
     asm("" : "+r"(to_), "+l"(from_)); // kept, not computed again at each use
   }
 
-  /// Begins to copy `rows` rows from row `first` of the tensor on, to the tile's row `to` (a multiple of 16) and after;
+  /// Begins to copy `rows` positions from `first` on, to the tile's row `to` (a multiple of 16) and after;
   /// zeros instead of those outside [begin, end).
   template <int rows>
   __device__ void start(int first, int to, int begin, int end) const {
@@ -108,7 +116,7 @@ class RowCopy {
       copy<rows>(from, target, [](int, int) { return true; });
     } else {
       copy<rows>(from, target, [&](int row, int part) {
-        const int place = first + row + row_;
+        const int place = first + row + position_;
         return begin <= place && place < end && (part + part_) * chunk < features_;
       });
     }
@@ -128,7 +136,7 @@ class RowCopy {
   }
 
   static constexpr int width = HalfTile<T, dim>::ordered; // chunks of a row at once
-  int row_;
+  int position_;
   int part_;
   int features_;
   uint32_t to_;
@@ -136,21 +144,49 @@ class RowCopy {
   const char* from_;
 };
 
-/// A warp stores rows of a tile, from its row `first` on, in whole chunks; `features` of each.
+/// A warp rounds 16 rows of sums, each of a lane's two times its factor, to the tile's rows from `first` on.
 template <typename T, int dim>
-__device__ void store_rows(const HalfTile<T, dim>& tile, int first, int rows, int features, T* to, int64_t stride) {
+__device__ void round_rows(
+    const Sums (&sums)[dim / 8],
+    float factor0,
+    float factor1,
+    const HalfTile<T, dim>& tile,
+    int first) {
+  const int row = threadIdx.x % 32 / 4; // and row + 8, whose chunks are in the same order
+  T* const target = tile.data + (first + row) * dim + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < dim / 8; ++n) {
+    T* const pair = target + (n ^ HalfTile<T, dim>::order(row)) * chunk;
+    const auto& x = sums[n].x;
+    *reinterpret_cast<uint32_t*>(pair) = round_pair<T>(x[0][0] * factor0, x[0][1] * factor0);
+    *reinterpret_cast<uint32_t*>(pair + 8 * dim) = round_pair<T>(x[1][0] * factor1, x[1][1] * factor1);
+  }
+}
+
+/// A warp stores positions [0, `positions`) of `rows` rows of a tile, from its row `first` on, in whole chunks; of each
+/// `features`.
+template <Order order, int rows, typename T, int dim>
+__device__ void store_rows(
+    const HalfTile<T, dim>& tile,
+    int first,
+    int positions,
+    int features,
+    T* to,
+    int64_t stride) {
   constexpr int width = HalfTile<T, dim>::ordered; // chunks of a row at once
   const int part = threadIdx.x % width;
-  T* target = to + threadIdx.x % 32 / width * stride + part * chunk;
-#pragma unroll 4
-  for (int row = threadIdx.x % 32 / width; row < rows; row += 32 / width) {
+#pragma unroll
+  for (int step = 0; step < rows; step += 32 / width) {
+    const int row = step + threadIdx.x % 32 / width;
+    const int position = position_of<order>(row);
+    if (position >= positions) continue;
+    T* const target = to + position * stride;
 #pragma unroll
     for (int i = 0; i < dim / chunk; i += width) {
       if ((i + part) * chunk >= features) continue;
-      *reinterpret_cast<uint4*>(target + i * chunk) =
+      *reinterpret_cast<uint4*>(target + (i + part) * chunk) =
           *reinterpret_cast<const uint4*>(tile.data + HalfTile<T, dim>::offset(first + row, i + part));
     }
-    target += 32 / width * stride;
   }
 }
 

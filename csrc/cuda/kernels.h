@@ -20,9 +20,11 @@ void tensor_core_forward(const AttentionParams& params, cudaStream_t stream);
 
 /// Are the tensors of a half type, no wider than 256, no longer than 2^30, and in chunks of 16 bytes?
 bool runs_on_tensor_cores(const AttentionParams& params);
+/// Those of the backward pass too?
+bool gradients_run_on_tensor_cores(const AttentionParams& params);
 
-/// Elements of acc that backward() needs.
-inline int64_t workspace_size(const AttentionParams& params) { return params.batch * params.heads * params.queries; }
+/// Elements of acc that backward() needs: up to two for each query.
+inline int64_t workspace_size(const AttentionParams& params) { return 2 * params.batch * params.heads * params.queries; }
 
 /// Doubles that params.grad_temperature needs.
 int64_t temperature_shares(const AttentionParams& params);
@@ -30,6 +32,11 @@ int64_t temperature_shares(const AttentionParams& params);
 /// grad_query, grad_key, grad_value, and the shares of the temperature's gradient if params.grad_temperature isn't
 /// null. `workspace` is uninitialised.
 void backward(const AttentionParams& params, void* workspace, cudaStream_t stream);
+
+/// Its kernels: for anything; and for what gradients_run_on_tensor_cores(params), in this order.
+void general_backward(const AttentionParams& params, void* workspace, cudaStream_t stream);
+void tensor_core_grad_query(const AttentionParams& params, void* workspace, cudaStream_t stream);
+void tensor_core_grad_key_value(const AttentionParams& params, const void* workspace, cudaStream_t stream);
 
 /// gradient[h] (per_head) or gradient[0]: the sum of the heads' shares, in one order. A double.
 void sum_temperature_shares(const AttentionParams& params, bool per_head, double* gradient, cudaStream_t stream);

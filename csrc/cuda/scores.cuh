@@ -115,11 +115,11 @@ class HeadDropout {
   /// The random words of the eight keys around `key` for query `row`.
   __device__ PhiloxWords words(int64_t key, int64_t row) const { return bits_(key, row, head_); }
 
-  /// Puts zeros for the dropped ones of two neighbouring keys, the first of them an even one, given their word.
-  __device__ void drop(float (&x)[2], uint32_t word) const {
-    x[0] = word << 16 >= threshold_ ? x[0] : 0;
-    x[1] = word >= threshold_ ? x[1] : 0;
-  }
+  /// Which of two neighbouring keys, the first of them an even one, are kept, given their word.
+  struct Keeps {
+    bool key[2];
+  };
+  __device__ Keeps keeps(uint32_t word) const { return {{word << 16 >= threshold_, word >= threshold_}}; }
 
  private:
   uint32_t threshold_; // of the upper half of a word

@@ -140,6 +140,16 @@ __device__ void copy_chunk(uint32_t to, const void* from, bool there) {
                : "memory");
 }
 
+/// The same for the 8 bytes of two numbers.
+template <typename Pair>
+__device__ void copy_pair(Pair* to, const Pair* from, bool there) {
+  static_assert(sizeof(Pair) == 8);
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(there ? 8 : 0)
+      : "memory");
+}
+
 /// Waits until all copies that this thread began are done.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

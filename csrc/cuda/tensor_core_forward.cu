@@ -15,7 +15,6 @@ namespace {
 
 constexpr int warps = 4;
 constexpr int threads = 32 * warps;
-constexpr int group_keys = 16;
 
 /// How a block of threads and its shared memory are divided.
 template <int dim>
@@ -112,7 +111,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
   const int queries = static_cast<int>(min(params.queries - first_query, int64_t{B::query_rows}));
   const Window window = params.window;
   const Range keys = window.keys_of(Range{first_query, first_query + queries});
-  const int64_t first_key = keys.begin / group_keys * group_keys; // dropout's counters begin at multiples of 8
+  const int64_t first_key = keys.begin / group * group; // dropout's counters begin at multiples of 8
   const Places block_keys(keys, first_key);
   const RowCopy<T, dim, threads> copy_keys(
       key_tile, at<T>(params.key, batch, kv_head, first_key), params.key.position_stride,
@@ -213,7 +212,12 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
               first_key + first + 8 * (n + lane % 4 / 2), first_query + warp_row + 16 * m + lane / 4 + lane % 2 * 8);
           transpose_in_fours<1>(words.word);
 #pragma unroll
-          for (int t = 0; t < 4; ++t) dropout.drop(score[m][n + t / 2].x[t % 2], words.word[t]);
+          for (int t = 0; t < 4; ++t) {
+            const HeadDropout::Keeps keeps = dropout.keeps(words.word[t]);
+            float (&x)[2] = score[m][n + t / 2].x[t % 2];
+            x[0] = keeps.key[0] ? x[0] : 0;
+            x[1] = keeps.key[1] ? x[1] : 0;
+          }
         }
       }
       round();
@@ -242,41 +246,33 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
       });
     }
     if (first + B::key_rows < block_keys.end) copy(first + B::key_rows, stage ^ B::key_rows);
-    if (seen.all.covers(first, first + B::key_rows)) {
-      attend(first, stage, std::integral_constant<int, B::key_rows / group_keys>(), std::false_type());
-    } else {
-      const int last = min(seen.any.end - first, B::key_rows);
-      for (int row = max(seen.any.begin - first, 0) / group_keys * group_keys; row < last; row += group_keys) {
-        attend(first + row, stage + row, std::integral_constant<int, 1>(), std::true_type());
-      }
-    }
+    for_each_group<B::key_rows>(
+        seen, first, [&](int place, auto count, auto tests) { attend(first + place, stage + place, count, tests); });
   }
 
   // Outputs go through the warp's rows of the query tile, so that whole chunks are written.
   wait_for_copies();
   __syncthreads();
-  T* const own = query_tile.data + (warp_row + lane / 4) * dim + lane % 4 * 2;
+  float normalizer[B::lane_rows];
 #pragma unroll
   for (int i = 0; i < B::lane_rows; ++i) {
     float sum = softmax.sum[i];
     sum += __shfl_xor_sync(all_lanes, sum, 1);
     sum += __shfl_xor_sync(all_lanes, sum, 2);
     const bool sees_none = seen.row[i].end == seen.row[i].begin;
-    const float normalizer = sees_none ? 0 : dropout.inverse_keep / sum;
-#pragma unroll
-    for (int n = 0; n < dim / 8; ++n) {
-      const float (&x)[2] = output[i / 2][n].x[i % 2];
-      *reinterpret_cast<uint32_t*>(own + 8 * i * dim + (n ^ HalfTile<T, dim>::order(lane / 4)) * chunk) =
-          round_pair<T>(x[0] * normalizer, x[1] * normalizer);
-    }
+    normalizer[i] = sees_none ? 0 : dropout.inverse_keep / sum;
     const int row = lane / 4 + 8 * i;
     if (lane % 4 == 0 && row < warp_queries) {
       static_cast<float*>(params.logsumexp)[batch_head * params.queries + first_query + warp_row + row] =
           sees_none ? -infinity<float>() : (log2f(sum) - softmax.minus_reference[i]) * static_cast<float>(ln_of_2);
     }
   }
+#pragma unroll
+  for (int m = 0; m < B::row_tiles; ++m) {
+    round_rows(output[m], normalizer[2 * m], normalizer[2 * m + 1], query_tile, warp_row + 16 * m);
+  }
   __syncwarp();
-  store_rows(
+  store_rows<Order::plain, B::warp_rows>(
       query_tile, warp_row, warp_queries, static_cast<int>(params.value_dim),
       at<T>(params.output, batch, head, first_query + warp_row), params.output.position_stride);
 }

@@ -1,6 +1,8 @@
 // Who sees whom, for the rows of a warp's fragments.
 #pragma once
 
+#include <type_traits>
+
 #include "../window.h"
 #include "tensor_core.cuh"
 
@@ -46,5 +48,21 @@ struct RowsSeen {
     for (int i = 0; i < lane_rows; ++i) row[i] = own.of_lane(first_row + i * step);
   }
 };
+
+constexpr int group = 16; // positions that are taken at once at the window's edges
+
+/// Calls attend(place, groups, tests) for what the rows see of the positions [first, first + tile): for all of them at
+/// once, without tests, if every row sees every one, else for each group of 16 of which some row sees one.
+template <int tile, int lane_rows, typename Attend>
+__device__ void for_each_group(const RowsSeen<lane_rows>& seen, int first, const Attend& attend) {
+  if (seen.all.covers(first, first + tile)) {
+    attend(0, std::integral_constant<int, tile / group>(), std::false_type());
+    return;
+  }
+  const int last = min(seen.any.end - first, tile);
+  for (int place = max(seen.any.begin - first, 0) / group * group; place < last; place += group) {
+    attend(place, std::integral_constant<int, 1>(), std::true_type());
+  }
+}
 
 } // namespace wmha::cuda

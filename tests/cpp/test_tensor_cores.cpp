@@ -10,7 +10,7 @@ class TensorCores : public Kernels {
  protected:
   void check_on_tensor_cores(const Case& c) {
     SCOPED_TRACE(testing::Message() << c);
-    ASSERT_TRUE(wmha::cuda::runs_on_tensor_cores(Problem(dtype(), c).params));
+    ASSERT_TRUE(wmha::cuda::gradients_run_on_tensor_cores(Problem(dtype(), c).params));
     check(c);
   }
 };

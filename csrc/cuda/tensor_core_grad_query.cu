@@ -1,0 +1,216 @@
+// The gradient of query, and of the temperature, for half types on tensor cores: a block of threads has 64 queries of
+// one head, a warp 16 of them. It also computes each query's delta, and leaves it to the kernel of grad_key and
+// grad_value.
+#include "gradient_tiles.cuh"
+#include "kernels.h"
+
+namespace wmha::cuda {
+namespace {
+
+using namespace gradients;
+
+/// The sum of eight products.
+template <typename T>
+__device__ float scalar_product(const uint4& a, const uint4& b) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float2 x, y;
+    if constexpr (std::is_same_v<T, __half>) {
+      x = __half22float2(reinterpret_cast<const __half2*>(&a)[i]);
+      y = __half22float2(reinterpret_cast<const __half2*>(&b)[i]);
+    } else {
+      x = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(&a)[i]);
+      y = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(&b)[i]);
+    }
+    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+  }
+  return sum;
+}
+
+/// A warp computes the constants of its 16 queries, of which the first `queries` are there, and writes them to `shared`
+/// (zeros for the others) and `global`. dO lies in the tile's rows from `row` on.
+template <typename T, int dim>
+__device__ void make_query_constants(
+    const AttentionParams& params,
+    unsigned batch,
+    unsigned head,
+    int64_t first_query,
+    int queries,
+    const HalfTile<T, dim>& grad_output,
+    int first_row,
+    QueryConstants* shared,
+    QueryConstants* global) {
+  constexpr int width = HalfTile<T, dim>::ordered;
+  const int part = threadIdx.x % width;
+  const int features = static_cast<int>(params.value_dim);
+  const int64_t index = (batch * params.heads + head) * params.queries + first_query;
+#pragma unroll
+  for (int step = 0; step < warp_rows; step += 32 / width) {
+    const int row = step + threadIdx.x % 32 / width;
+    float product = 0;
+    if (row < queries) {
+      const T* const output = at<const T>(params.output, batch, head, first_query + row);
+#pragma unroll
+      for (int i = 0; i < dim / chunk; i += width) {
+        if ((i + part) * chunk >= features) continue;
+        product += scalar_product<T>(
+            *reinterpret_cast<const uint4*>(output + (i + part) * chunk),
+            *reinterpret_cast<const uint4*>(grad_output.data + HalfTile<T, dim>::offset(first_row + row, i + part)));
+      }
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < width; lanes *= 2) product += __shfl_xor_sync(all_lanes, product, lanes);
+    if (part > 0) continue;
+    QueryConstants constants{0, 0};
+    if (row < queries) {
+      const float logsumexp = static_cast<const float*>(params.logsumexp)[index + row];
+      const float grad_logsumexp =
+          params.grad_logsumexp == nullptr ? 0 : static_cast<const float*>(params.grad_logsumexp)[index + row];
+      if (logsumexp > -infinity<float>()) {
+        constants = {-logsumexp * static_cast<float>(log2_of_e), grad_logsumexp - product};
+      }
+      global[index + row] = constants;
+    }
+    shared[row] = constants;
+  }
+  __syncwarp();
+}
+
+template <typename T, int dim>
+__global__ __launch_bounds__(threads) void grad_query_kernel(AttentionParams params, QueryConstants* query_constants) {
+  constexpr bool kept = dim <= 128; // own rows in registers
+  constexpr int columns = tile_columns(dim);
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ QueryConstants shared_constants[block_rows];
+  T* const shared = reinterpret_cast<T*>(memory);
+  const HalfTile<T, dim> query_tile{shared};
+  const HalfTile<T, dim> grad_output_tile{shared + block_rows * dim};
+  const HalfTile<T, dim> key_tile{shared + 2 * block_rows * dim};
+  const HalfTile<T, dim> value_tile{shared + (2 * block_rows + 2 * columns) * dim};
+  const int lane = threadIdx.x % 32;
+  const int warp_row = threadIdx.x / 32 * warp_rows;
+  const int key_dim = static_cast<int>(params.key_dim);
+  const int value_dim = static_cast<int>(params.value_dim);
+
+  const auto blocks = static_cast<unsigned>(ceil_div(params.queries, block_rows));
+  const int64_t first_query = int64_t{blockIdx.x % blocks} * block_rows;
+  const unsigned batch_head = blockIdx.x / blocks;
+  const unsigned batch = batch_head / static_cast<unsigned>(params.heads);
+  const unsigned head = batch_head % static_cast<unsigned>(params.heads);
+  const int64_t kv_head = params.kv_head(head);
+  const int queries = static_cast<int>(min(params.queries - first_query, int64_t{block_rows}));
+  const Window window = params.window;
+  const Range keys = window.keys_of(Range{first_query, first_query + queries});
+  const int64_t first_key = keys.begin / group * group; // dropout's counters begin at multiples of 8
+  const Places block_keys(keys, first_key);
+  const RowCopy<T, dim, threads> copy_keys(
+      key_tile, at<T>(params.key, batch, kv_head, first_key), params.key.position_stride, key_dim);
+  const RowCopy<T, dim, threads> copy_values(
+      value_tile, at<T>(params.value, batch, kv_head, first_key), params.value.position_stride, value_dim);
+  const auto copy = [&](int first, int to) {
+    copy_keys.template start<columns>(first, to, block_keys.begin, block_keys.end);
+    copy_values.template start<columns>(first, to, block_keys.begin, block_keys.end);
+  };
+  RowCopy<T, dim, threads>(
+      query_tile, at<T>(params.query, batch, head, first_query), params.query.position_stride, key_dim)
+      .template start<block_rows>(0, 0, 0, queries);
+  RowCopy<T, dim, threads>(
+      grad_output_tile, at<T>(params.grad_output, batch, head, first_query), params.grad_output.position_stride,
+      value_dim)
+      .template start<block_rows>(0, 0, 0, queries);
+  copy(0, 0);
+
+  const int warp_queries = max(min(queries - warp_row, warp_rows), 0);
+  const RowsSeen<2> seen(warp_queries, lane / 4, 8, [&](int row) {
+    return Places(window.keys_of(first_query + warp_row + row), first_key);
+  });
+  PairGradients<T, true> gradients(params, head, batch_head);
+  OwnRows<T, dim, kept> query(by_row(query_tile).after(warp_row));
+  OwnRows<T, dim, kept> grad_output(by_row(grad_output_tile).after(warp_row));
+  const LanePlace<T, dim> key_place = by_column(key_tile);
+  const LanePlace<T, dim> value_place = by_column(value_tile);
+  const LanePlace<T, dim> key_row_place = by_row(key_tile);
+  Sums grad_query[dim / 8] = {};
+
+  wait_for_copies();
+  __syncthreads();
+  make_query_constants(
+      params, batch, head, first_query + warp_row, warp_queries, grad_output_tile, warp_row,
+      shared_constants + warp_row, query_constants);
+  const QueryConstants constants[2] = {
+      shared_constants[warp_row + lane / 4], shared_constants[warp_row + lane / 4 + 8]};
+  query.load();
+  grad_output.load();
+
+  // `count` groups of 16 keys, from key `first` on, which begin at row `place` of the tiles.
+  const auto attend = [&](int first, int place, auto count, auto tests) {
+    constexpr int tiles = 2 * decltype(count)::value; // of 8 keys
+    Sums score[tiles];
+    Sums grad_weight[tiles];
+    multiply(query, key_place.after(place), score);
+    multiply(grad_output, value_place.after(place), grad_weight);
+    LeftFragment value_weight[tiles / 2];
+    LeftFragment grad_product[tiles / 2];
+    gradients(
+        score, grad_weight, [&](int, int i, int) { return constants[i]; }, tests,
+        [&](int n, int i, int j) { return seen.row[i].holds(first + 8 * n + lane % 4 * 2 + j); },
+        [&](int n) {
+          // Each of four neighbouring lanes makes the words of another tile or row.
+          PhiloxWords words = gradients.dropout.words(
+              first_key + first + 8 * (n + lane % 4 / 2), first_query + warp_row + lane / 4 + lane % 2 * 8);
+          transpose_in_fours<1>(words.word);
+          return words;
+        },
+        params.grad_temperature != nullptr, value_weight, grad_product);
+    add_product(grad_product, key_row_place.after(place), grad_query);
+  };
+
+  for (int first = 0, stage = 0; first < block_keys.end; first += columns, stage ^= columns) {
+    wait_for_copies();
+    __syncthreads();
+    if (first + columns < block_keys.end) copy(first + columns, stage ^ columns);
+    for_each_group<columns>(
+        seen, first, [&](int column, auto count, auto tests) { attend(first + column, stage + column, count, tests); });
+  }
+
+  wait_for_copies();
+  __syncthreads();
+  const float factor = gradients.transform.gradient_factor;
+  round_rows(grad_query, factor, factor, query_tile, warp_row);
+  __syncwarp();
+  store_rows<Order::plain, warp_rows>(
+      query_tile, warp_row, warp_queries, key_dim, at<T>(params.grad_query, batch, head, first_query + warp_row),
+      params.grad_query.position_stride);
+
+  if (params.grad_temperature == nullptr) return;
+  __shared__ double sums[warps];
+  double sum = gradients.temperature;
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(all_lanes, sum, lanes);
+  if (lane == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int warp = 1; warp < warps; ++warp) sum += sums[warp];
+  // z is proportional to 1 / temperature.
+  params.grad_temperature[blockIdx.x] =
+      -sum * gradients.temperature_factor() * ln_of_2 * gradients.transform.inverse_temperature;
+}
+
+template <typename T, int dim>
+void launch(const AttentionParams& params, QueryConstants* constants, cudaStream_t stream) {
+  constexpr int bytes = (2 * block_rows + 4 * tile_columns(dim)) * dim * sizeof(T);
+  const int64_t tasks = params.batch * params.heads * ceil_div(params.queries, block_rows);
+  if (tasks == 0) return;
+  cudaFuncSetAttribute(grad_query_kernel<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  grad_query_kernel<T, dim><<<static_cast<unsigned>(tasks), threads, bytes, stream>>>(params, constants);
+}
+
+} // namespace
+
+void tensor_core_grad_query(const AttentionParams& params, void* workspace, cudaStream_t stream) {
+  with_tile(params, [&](auto type, auto dim) {
+    launch<decltype(type), decltype(dim)::value>(params, static_cast<QueryConstants*>(workspace), stream);
+  });
+}
+
+} // namespace wmha::cuda
