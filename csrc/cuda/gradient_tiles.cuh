@@ -25,7 +25,7 @@ constexpr int block_rows = warps * warp_rows;
 constexpr int tile_columns(int dim) { return dim <= 64 ? 64 : dim <= 192 ? 32 : 16; }
 
 /// Minus logsumexp, in units of log 2, and minus delta = <dO, O> - dlse of a query. Zeros if it sees no key.
-struct QueryConstants {
+struct alignas(8) QueryConstants {
   float minus_logsumexp;
   float minus_delta;
 };
@@ -92,7 +92,7 @@ class PairGradients {
 
   /// dz * z of all pairs so far, but for what temperature_factor() says.
   float temperature = 0;
-  __device__ float temperature_factor() const { return transform.cap > 0 ? 1 : transform.factor; }
+  __device__ float temperature_factor() const { return transform.capped() ? 1 : transform.factor; }
 
   /// Of 16 rows and 8 * tiles columns: the weights with which values count (what dropout drops is 0, the others aren't
   /// scaled), and the gradients of the products but for transform.gradient_factor.
@@ -114,9 +114,12 @@ class PairGradients {
 #pragma unroll
       for (int i = 0; i < 4 * tiles; ++i) function(i / 4, i / 2 % 2, i % 2);
     };
-    const bool capped = transform.cap > 0;
+    const bool capped = transform.capped();
     if (capped) {
-      for_each([&](int n, int i, int j) { score[n].x[i][j] = transform.fast(score[n].x[i][j]); });
+      for_each([&](int n, int i, int j) {
+        float& x = score[n].x[i][j];
+        x = transform.cap * fast_tanh(x * transform.factor);
+      });
     }
     const float factor = temperature_factor();
     Sums weight[tiles];
@@ -138,8 +141,9 @@ class PairGradients {
             [&](int n, int i, int j) { temperature = fmaf(grad_weight[n].x[i][j], score[n].x[i][j], temperature); });
       }
       if (capped) {
+        const float inverse_cap = 1 / transform.cap;
         for_each([&](int n, int i, int j) {
-          const float tanh = score[n].x[i][j] / transform.cap;
+          const float tanh = score[n].x[i][j] * inverse_cap;
           grad_weight[n].x[i][j] *= 1 - tanh * tanh;
         });
         round(grad_weight, grad_product);

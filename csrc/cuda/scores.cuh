@@ -65,11 +65,7 @@ struct ScoreTransform {
     return cap > 0 ? cap * static_cast<Acc>(tanh(product * factor)) : product * factor;
   }
 
-  /// The same for products of half types, in few instructions: within 2^-20 of the cap.
-  __device__ float fast(float product) const {
-    if (cap == 0) return product * factor;
-    return cap * (1 - __fdividef(2, 1 + __expf(2 * (product * factor))));
-  }
+  __device__ bool capped() const { return cap > 0; }
 
   /// d z / d <q, k> at a score z * log2 e.
   __device__ Acc derivative(Acc score) const {

@@ -74,6 +74,9 @@ __device__ inline float fast_exp2(float x) {
   return power;
 }
 
+/// tanh(x) within 2^-20.
+__device__ inline float fast_tanh(float x) { return 1 - __fdividef(2, 1 + fast_exp2(2 * 1.44269504f * x)); }
+
 /// Of four lanes whose numbers differ in the bits `first_bit` and 2 * first_bit: the q-th gets as word t what the t-th
 /// has as word q.
 template <int first_bit>

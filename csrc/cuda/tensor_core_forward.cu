@@ -138,7 +138,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
   });
 
   const ScoreTransform<float> transform(params, head);
-  const bool scales_first = transform.cap > 0 || !(transform.factor > 0); // else with the exponential
+  const bool scales_first = transform.capped() || !(transform.factor > 0); // else with the exponential
   Softmax<B::lane_rows> softmax(scales_first ? 1 : transform.factor);
   Sums output[B::row_tiles][dim / 8] = {};
   LeftFragment query[B::row_tiles][B::keeps_query ? dim / 16 : 1];
@@ -165,12 +165,17 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
         }
       });
     });
-    if (scales_first) {
+    const auto for_each_score = [&](const auto& function) {
 #pragma unroll
       for (int i = 0; i < B::row_tiles * tiles * 4; ++i) {
-        float& x = score[i / 4 / tiles][i / 4 % tiles].x[i % 4 / 2][i % 2];
-        x = transform.fast(x);
+        float& x = score[i / 4 / tiles][i / 4 % tiles].x[i / 2 % 2][i % 2];
+        x = function(x);
       }
+    };
+    if (transform.capped()) {
+      for_each_score([&](float product) { return transform.cap * fast_tanh(product * transform.factor); });
+    } else if (scales_first) {
+      for_each_score([&](float product) { return product * transform.factor; });
     }
     if (tests) {
 #pragma unroll

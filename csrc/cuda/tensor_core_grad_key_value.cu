@@ -14,6 +14,7 @@ __global__ __launch_bounds__(
     threads) void grad_key_value_kernel(AttentionParams params, const QueryConstants* query_constants) {
   constexpr bool kept = dim <= 64; // own rows in registers
   constexpr int columns = tile_columns(dim);
+  constexpr int at_once = dim == 64 ? 32 : columns; // of those, too, more wouldn't fit into registers
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ __align__(16) QueryConstants shared_constants[2 * columns];
   T* const shared = reinterpret_cast<T*>(memory);
@@ -94,11 +95,16 @@ __global__ __launch_bounds__(
       Sums grad_weight[tiles];
       multiply(key, query_place.after(place), score);
       multiply(value, grad_output_place.after(place), grad_weight);
+      QueryConstants constants[tiles][2];
+#pragma unroll
+      for (int i = 0; i < 2 * tiles; ++i) {
+        constants[i / 2][i % 2] = shared_constants[place + i / 2 * 8 + lane % 4 * 2 + i % 2];
+      }
       LeftFragment value_weight[tiles / 2];
       LeftFragment grad_product[tiles / 2];
       gradients(
-          score, grad_weight, [&](int n, int, int j) { return shared_constants[place + 8 * n + lane % 4 * 2 + j]; },
-          tests, [&](int n, int i, int j) { return seen.row[i].holds(first + 8 * n + lane % 4 * 2 + j); },
+          score, grad_weight, [&](int n, int, int j) { return constants[n][j]; }, tests,
+          [&](int n, int i, int j) { return seen.row[i].holds(first + 8 * n + lane % 4 * 2 + j); },
           [&](int n) {
             // Each of the four lanes that share eight keys makes the words of another query.
             const int mine = lane / 4 % 4;
@@ -121,7 +127,7 @@ __global__ __launch_bounds__(
         value.load();
       }
       if (first + columns < block_queries.end) copy(first + columns, stage ^ columns);
-      for_each_group<columns>(
+      for_each_group<columns, at_once>(
           seen, first, [&](int place, auto count, auto tests) { attend(first + place, stage + place, count, tests); });
     }
   }

@@ -9,72 +9,45 @@ namespace {
 
 using namespace gradients;
 
-/// The sum of eight products.
-template <typename T>
-__device__ float scalar_product(const uint4& a, const uint4& b) {
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float2 x, y;
-    if constexpr (std::is_same_v<T, __half>) {
-      x = __half22float2(reinterpret_cast<const __half2*>(&a)[i]);
-      y = __half22float2(reinterpret_cast<const __half2*>(&b)[i]);
-    } else {
-      x = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(&a)[i]);
-      y = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(&b)[i]);
-    }
-    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
-  }
-  return sum;
-}
-
-/// A warp computes the constants of its 16 queries, of which the first `queries` are there, and writes them to `shared`
-/// (zeros for the others) and `global`. dO lies in the tile's rows from `row` on.
+/// <dO, O> of 16 rows, of which the first `rows` are there: of the lane's rows, lane / 4 and lane / 4 + 8. The rows of
+/// dO are those of a tile from `first_row` on. It is the diagonal of dO x O^T, for which a row's features may come in
+/// any order: one in which whole chunks are loaded, from different banks.
 template <typename T, int dim>
-__device__ void make_query_constants(
-    const AttentionParams& params,
-    unsigned batch,
-    unsigned head,
-    int64_t first_query,
-    int queries,
+__device__ float2 row_products(
     const HalfTile<T, dim>& grad_output,
     int first_row,
-    QueryConstants* shared,
-    QueryConstants* global) {
-  constexpr int width = HalfTile<T, dim>::ordered;
-  const int part = threadIdx.x % width;
-  const int features = static_cast<int>(params.value_dim);
-  const int64_t index = (batch * params.heads + head) * params.queries + first_query;
+    const T* output,
+    int64_t stride,
+    int rows,
+    int features) {
+  const int lane = threadIdx.x % 32;
+  const int row = lane / 4;
+  const bool there[2] = {row < rows, row + 8 < rows};
+  Sums product[2] = {}; // with O's rows 0 to 7 and 8 to 15
 #pragma unroll
-  for (int step = 0; step < warp_rows; step += 32 / width) {
-    const int row = step + threadIdx.x % 32 / width;
-    float product = 0;
-    if (row < queries) {
-      const T* const output = at<const T>(params.output, batch, head, first_query + row);
+  for (int step = 0; step < dim / chunk; step += 4) {
+    const int part = HalfTile<T, dim>::ordered == 8 ? lane % 4 + (step ^ row % 2 * 4) : lane % 4 + step;
+    uint4 left[2], right[2];
 #pragma unroll
-      for (int i = 0; i < dim / chunk; i += width) {
-        if ((i + part) * chunk >= features) continue;
-        product += scalar_product<T>(
-            *reinterpret_cast<const uint4*>(output + (i + part) * chunk),
-            *reinterpret_cast<const uint4*>(grad_output.data + HalfTile<T, dim>::offset(first_row + row, i + part)));
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int from = HalfTile<T, dim>::offset(first_row + row + 8 * i, part);
+      left[i] = *reinterpret_cast<const uint4*>(grad_output.data + from);
+      right[i] = there[i] && part * chunk < features
+                     ? *reinterpret_cast<const uint4*>(output + (row + 8 * i) * stride + part * chunk)
+                     : uint4{0, 0, 0, 0};
     }
+    const LeftFragment low{{left[0].x, left[1].x, left[0].y, left[1].y}};
+    const LeftFragment high{{left[0].z, left[1].z, left[0].w, left[1].w}};
 #pragma unroll
-    for (int lanes = 1; lanes < width; lanes *= 2) product += __shfl_xor_sync(all_lanes, product, lanes);
-    if (part > 0) continue;
-    QueryConstants constants{0, 0};
-    if (row < queries) {
-      const float logsumexp = static_cast<const float*>(params.logsumexp)[index + row];
-      const float grad_logsumexp =
-          params.grad_logsumexp == nullptr ? 0 : static_cast<const float*>(params.grad_logsumexp)[index + row];
-      if (logsumexp > -infinity<float>()) {
-        constants = {-logsumexp * static_cast<float>(log2_of_e), grad_logsumexp - product};
-      }
-      global[index + row] = constants;
+    for (int i = 0; i < 2; ++i) {
+      product[i] = multiply_add<T>(low, {right[i].x, right[i].y}, product[i]);
+      product[i] = multiply_add<T>(high, {right[i].z, right[i].w}, product[i]);
     }
-    shared[row] = constants;
   }
-  __syncwarp();
+  const int owner = (lane & ~3) + row / 2; // has column `row` of the tiles
+  return {
+      __shfl_sync(all_lanes, row % 2 == 0 ? product[0].x[0][0] : product[0].x[0][1], owner),
+      __shfl_sync(all_lanes, row % 2 == 0 ? product[1].x[1][0] : product[1].x[1][1], owner)};
 }
 
 template <typename T, int dim>
@@ -82,7 +55,6 @@ __global__ __launch_bounds__(threads) void grad_query_kernel(AttentionParams par
   constexpr bool kept = dim <= 128; // own rows in registers
   constexpr int columns = tile_columns(dim);
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ QueryConstants shared_constants[block_rows];
   T* const shared = reinterpret_cast<T*>(memory);
   const HalfTile<T, dim> query_tile{shared};
   const HalfTile<T, dim> grad_output_tile{shared + block_rows * dim};
@@ -135,11 +107,21 @@ __global__ __launch_bounds__(threads) void grad_query_kernel(AttentionParams par
 
   wait_for_copies();
   __syncthreads();
-  make_query_constants(
-      params, batch, head, first_query + warp_row, warp_queries, grad_output_tile, warp_row,
-      shared_constants + warp_row, query_constants);
-  const QueryConstants constants[2] = {
-      shared_constants[warp_row + lane / 4], shared_constants[warp_row + lane / 4 + 8]};
+  const float2 products = row_products(
+      grad_output_tile, warp_row, at<const T>(params.output, batch, head, first_query + warp_row),
+      params.output.position_stride, warp_queries, value_dim);
+  QueryConstants constants[2] = {{0, 0}, {0, 0}};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane / 4 + 8 * i;
+    if (row >= warp_queries) continue;
+    const int64_t index = batch_head * params.queries + first_query + warp_row + row;
+    const float logsumexp = static_cast<const float*>(params.logsumexp)[index];
+    float delta = i == 0 ? products.x : products.y;
+    if (params.grad_logsumexp != nullptr) delta -= static_cast<const float*>(params.grad_logsumexp)[index];
+    if (logsumexp > -infinity<float>()) constants[i] = {-logsumexp * static_cast<float>(log2_of_e), -delta};
+    if (lane % 4 == 0) query_constants[index] = constants[i];
+  }
   query.load();
   grad_output.load();
 
