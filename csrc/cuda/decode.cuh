@@ -94,7 +94,7 @@ struct RunningSoftmax {
   }
 };
 
-/// Reference and sum of a state. The sum is 0 iff no key was seen; the reference means nothing then.
+/// Reference and sum of a state. The sum is 0 where no key was seen; the reference means nothing then.
 template <typename Acc>
 struct alignas(2 * sizeof(Acc)) SoftmaxState {
   Acc reference;

@@ -33,7 +33,7 @@ struct DecodeSchedule {
   /// With more queries, a block's rows hold less than one head's, and blocks of 64 queries read keys less often. With
   /// fewer keys there is nothing to split.
   static bool applies(const AttentionParams& params) {
-    return params.batch > 0 && params.kv_heads > 0 && params.queries > 0 && params.queries <= most_queries &&
+    return params.batch > 0 && params.heads > 0 && params.queries > 0 && params.queries <= most_queries &&
            params.window.keys_of(Range{0, params.queries}).size() > shortest_split;
   }
 

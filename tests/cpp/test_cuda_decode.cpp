@@ -70,7 +70,8 @@ TEST_P(FewQueries, AreNotSplitWhereItDoesNotPay) {
            {.name = "no queries", .queries = 0, .keys = 1000},
            {.name = "no keys", .queries = 1, .keys = 0},
            {.name = "no batches", .batch = 0, .queries = 1, .keys = 1000},
-           {.name = "no heads", .heads = 0, .kv_heads = 0, .queries = 1, .keys = 1000}}) {
+           {.name = "no heads", .heads = 0, .kv_heads = 0, .queries = 1, .keys = 1000},
+           {.name = "no heads of queries", .heads = 0, .queries = 1, .keys = 1000}}) {
     const Problem problem(dtype(), c);
     EXPECT_FALSE(decodes(problem.params)) << c;
     EXPECT_EQ(wmha::cuda::forward_workspace_size(problem.params), 0) << c;
