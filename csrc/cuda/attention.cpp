@@ -19,7 +19,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cuda(
     const AttentionOptions& options) {
   const c10::cuda::CUDAGuard guard(query.device());
   const Problem problem = Problem::of_forward(query, key, value, options);
-  cuda::forward(problem.params, c10::cuda::getCurrentCUDAStream());
+  const at::Tensor workspace = at::empty({cuda::forward_workspace_size(problem.params)}, problem.logsumexp.options());
+  cuda::forward(problem.params, workspace.data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {problem.output, problem.logsumexp, problem.rng_state};
 }

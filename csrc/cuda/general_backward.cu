@@ -73,7 +73,7 @@ __global__ __launch_bounds__(threads) void delta_kernel(AttentionParams params, 
   for (int64_t d = threadIdx.x % 32; d < params.value_dim; d += 32) {
     delta += static_cast<Acc>(output[d]) * static_cast<Acc>(grad_output[d]);
   }
-  for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(0xFFFFFFFFu, delta, lanes);
+  for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(all_lanes, delta, lanes);
   if (params.grad_logsumexp != nullptr) delta -= static_cast<const Acc*>(params.grad_logsumexp)[row];
   if (threadIdx.x % 32 == 0) deltas[row] = delta;
 }

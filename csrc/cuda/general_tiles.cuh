@@ -186,12 +186,12 @@ __device__ void store_row(const Part<Acc>& sum, int i, Acc factor, int first, in
 /// The largest of x, and the sum, among the 16 threads that share rows.
 template <typename Acc>
 __device__ Acc largest_of_row(Acc x) {
-  for (int lanes = 8; lanes > 0; lanes /= 2) x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, lanes));
+  for (int lanes = 8; lanes > 0; lanes /= 2) x = max(x, __shfl_xor_sync(all_lanes, x, lanes));
   return x;
 }
 template <typename Acc>
 __device__ Acc sum_of_row(Acc x) {
-  for (int lanes = 8; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
+  for (int lanes = 8; lanes > 0; lanes /= 2) x += __shfl_xor_sync(all_lanes, x, lanes);
   return x;
 }
 

@@ -13,8 +13,6 @@
 
 namespace wmha::cuda {
 
-constexpr int chunk = 8; // elements of 16 bytes, what one lane moves
-
 /// Rows of `dim` elements. The chunks of a row are stored in an order that differs from row to row, so that the same
 /// chunk of eight neighbouring rows lies in different banks.
 template <typename T, int dim>

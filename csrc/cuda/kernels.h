@@ -11,20 +11,43 @@
 
 namespace wmha::cuda {
 
-/// output and logsumexp.
-void forward(const AttentionParams& params, cudaStream_t stream);
+struct DecodeSchedule;
 
-/// Its kernels: for anything, and for what runs_on_tensor_cores(params).
+/// Elements of acc that forward() needs.
+int64_t forward_workspace_size(const AttentionParams& params);
+
+/// output and logsumexp. `workspace` is uninitialised.
+void forward(const AttentionParams& params, void* workspace, cudaStream_t stream);
+
+/// The same without and with splits of the keys: for anything, and for what decodes(params).
+void forward_in_tiles(const AttentionParams& params, cudaStream_t stream);
+void decode(const AttentionParams& params, void* workspace, cudaStream_t stream);
+
+/// Are there so few queries, and so many keys, that splits pay?
+bool decodes(const AttentionParams& params);
+
+/// Their kernels: for anything, and for what runs_on_tensor_cores(params).
 void general_forward(const AttentionParams& params, cudaStream_t stream);
 void tensor_core_forward(const AttentionParams& params, cudaStream_t stream);
+void general_decode(const AttentionParams&, const DecodeSchedule&, void* workspace, cudaStream_t stream);
+void tensor_core_decode(const AttentionParams&, const DecodeSchedule&, void* workspace, cudaStream_t stream);
 
 /// Are the tensors of a half type, no wider than 256, no longer than 2^30, and in chunks of 16 bytes?
 bool runs_on_tensor_cores(const AttentionParams& params);
 /// Those of the backward pass too?
 bool gradients_run_on_tensor_cores(const AttentionParams& params);
 
+/// Do rows of `dim` elements, and all their chunks of `chunk` elements (16 bytes), begin at multiples of 16 bytes?
+template <typename Pointer>
+bool in_chunks(const TensorView<Pointer>& view, int64_t dim, int64_t chunk) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && dim % chunk == 0 && view.batch_stride % chunk == 0 &&
+         view.head_stride % chunk == 0 && view.position_stride % chunk == 0;
+}
+
 /// Elements of acc that backward() needs: up to two for each query.
-inline int64_t workspace_size(const AttentionParams& params) { return 2 * params.batch * params.heads * params.queries; }
+inline int64_t workspace_size(const AttentionParams& params) {
+  return 2 * params.batch * params.heads * params.queries;
+}
 
 /// Doubles that params.grad_temperature needs.
 int64_t temperature_shares(const AttentionParams& params);

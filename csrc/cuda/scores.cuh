@@ -11,6 +11,8 @@
 
 namespace wmha::cuda {
 
+constexpr uint32_t all_lanes = 0xFFFFFFFFu; // of a warp, for its shuffles
+
 /// The type of the arithmetic: fp64 for fp64, fp32 for all others.
 template <typename T>
 using acc_type = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -10,9 +10,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "scores.cuh"
+
 namespace wmha::cuda {
 
-constexpr uint32_t all_lanes = 0xFFFFFFFFu;
+constexpr int chunk = 8; // elements of 16 bytes, what one lane moves
 
 /// 16 x 16 of the left operand.
 struct LeftFragment {

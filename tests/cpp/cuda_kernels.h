@@ -1,6 +1,7 @@
 // The CUDA kernels as the tests call them: on managed memory, which host and device see, and on a stream of their own.
 #pragma once
 
+#include "../../csrc/cuda/decode_schedule.h"
 #include "../../csrc/cuda/kernels.h"
 #include "problem.h"
 
@@ -37,19 +38,29 @@ inline cudaStream_t test_stream() {
   return stream;
 }
 
-/// Forward and backward.
-inline void run(const KernelSet&, Problem& problem) {
-  Tensor workspace(problem.acc, 1, 1, 1, wmha::cuda::workspace_size(problem.params));
-  wmha::cuda::forward(problem.params, test_stream());
-  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
-  wmha::cuda::backward(problem.params, workspace.data(), test_stream());
+inline void expect_finished() {
   EXPECT_EQ(cudaGetLastError(), cudaSuccess);
   EXPECT_EQ(cudaStreamSynchronize(test_stream()), cudaSuccess);
+}
+
+/// Forward, without splits of the keys, and backward.
+inline void run(const KernelSet&, Problem& problem) {
+  Tensor workspace(problem.acc, 1, 1, 1, wmha::cuda::workspace_size(problem.params));
+  wmha::cuda::forward_in_tiles(problem.params, test_stream());
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+  wmha::cuda::backward(problem.params, workspace.data(), test_stream());
+  expect_finished();
   EXPECT_TRUE(workspace.surroundings_untouched());
 }
 
 /// Is there a forward pass of its own for so few queries?
-inline bool decodes(const AttentionParams&) { return false; }
-inline void decode(const KernelSet&, Problem&) {}
+inline bool decodes(const AttentionParams& params) { return wmha::cuda::decodes(params); }
+
+inline void decode(const KernelSet&, Problem& problem) {
+  Tensor workspace(problem.acc, 1, 1, 1, wmha::cuda::DecodeSchedule(problem.params).workspace_size());
+  wmha::cuda::decode(problem.params, workspace.data(), test_stream());
+  expect_finished();
+  EXPECT_TRUE(workspace.surroundings_untouched());
+}
 
 } // namespace testing_wmha
