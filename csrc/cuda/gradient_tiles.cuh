@@ -85,10 +85,9 @@ template <typename T, bool rows_are_queries>
 class PairGradients {
  public:
   ScoreTransform<float> transform;
-  HeadDropout dropout;
 
   __device__ PairGradients(const AttentionParams& params, int64_t head, unsigned batch_head)
-      : transform(params, head), dropout(params, batch_head) {}
+      : transform(params, head), params_(params), batch_head_(batch_head) {}
 
   /// dz * z of all pairs so far, but for what temperature_factor() says.
   float temperature = 0;
@@ -98,7 +97,7 @@ class PairGradients {
   /// scaled), and the gradients of the products but for transform.gradient_factor.
   ///   constants(tile, row, column)  of the query there
   ///   sees(tile, row, column)       does the query see the key? Not asked unless `tests`.
-  ///   words(tile)                   the random words of two tiles from `tile` on
+  ///   words(dropout, tile)          the random words of two tiles from `tile` on
   template <int tiles, typename Constants, typename Tests, typename Sees, typename Words>
   __device__ void operator()(
       Sums (&score)[tiles],
@@ -122,6 +121,7 @@ class PairGradients {
       });
     }
     const float factor = temperature_factor();
+    const auto inverse_keep = static_cast<float>(params_.dropout.inverse_keep);
     Sums weight[tiles];
     for_each([&](int n, int i, int j) {
       weight[n].x[i][j] = fast_exp2(fmaf(score[n].x[i][j], factor, constants(n, i, j).minus_logsumexp));
@@ -134,7 +134,7 @@ class PairGradients {
     const auto finish = [&] {
       for_each([&](int n, int i, int j) {
         float& x = grad_weight[n].x[i][j];
-        x = weight[n].x[i][j] * fmaf(x, dropout.inverse_keep, constants(n, i, j).minus_delta);
+        x = weight[n].x[i][j] * fmaf(x, inverse_keep, constants(n, i, j).minus_delta);
       });
       if (wants_temperature) {
         for_each(
@@ -151,11 +151,12 @@ class PairGradients {
         round(grad_weight, grad_product);
       }
     };
-    if (dropout.enabled()) {
+    if (params_.dropout.enabled()) {
+      const HeadDropout dropout(params_, batch_head_);
       Sums kept[tiles];
 #pragma unroll
       for (int n = 0; n < tiles; n += 2) {
-        const PhiloxWords drawn = words(n);
+        const PhiloxWords drawn = words(dropout, n);
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
           const HeadDropout::Keeps keeps = dropout.keeps(drawn.word[t]);
@@ -174,6 +175,10 @@ class PairGradients {
       finish();
     }
   }
+
+ private:
+  const AttentionParams& params_;
+  unsigned batch_head_;
 };
 
 } // namespace wmha::cuda::gradients

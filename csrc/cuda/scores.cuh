@@ -97,18 +97,14 @@ struct DropoutBits {
   }
 };
 
-/// The dropout of one head's weights, two at a time.
+/// The dropout of one head's weights, two at a time. To be made where it is used: kept through a loop, it would take
+/// the registers of twenty weights, most of them for the generator's round keys.
 class HeadDropout {
  public:
-  float inverse_keep;
-
   __device__ HeadDropout(const AttentionParams& params, uint32_t batch_head)
-      : inverse_keep(static_cast<float>(params.dropout.inverse_keep)),
-        threshold_(min(params.dropout.threshold, Dropout::resolution - 1) << 16), // inverse_keep is 0 beyond that
+      : threshold_(min(params.dropout.threshold, Dropout::resolution - 1) << 16), // inverse_keep is 0 beyond that
         bits_(params.dropout, params.rng_state),
         head_(batch_head) {}
-
-  __device__ bool enabled() const { return threshold_ > 0; }
 
   /// The random words of the eight keys around `key` for query `row`.
   __device__ PhiloxWords words(int64_t key, int64_t row) const { return bits_(key, row, head_); }

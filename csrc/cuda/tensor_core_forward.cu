@@ -92,7 +92,7 @@ struct Softmax {
 };
 
 template <typename T, int dim>
-__global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params) {
+__global__ __launch_bounds__(threads) void forward_kernel(const __grid_constant__ AttentionParams params) {
   using B = Blocking<dim>;
   extern __shared__ __align__(128) unsigned char memory[];
   T* const shared = reinterpret_cast<T*>(memory);
@@ -142,7 +142,6 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
   Softmax<B::lane_rows> softmax(scales_first ? 1 : transform.factor);
   Sums output[B::row_tiles][dim / 8] = {};
   LeftFragment query[B::row_tiles][B::keeps_query ? dim / 16 : 1];
-  const HeadDropout dropout(params, batch_head);
 
   // `count` groups of 16 keys, from key `first` on, which begin at row `place` of the tiles.
   const auto attend = [&](int first, int place, auto count, auto tests) {
@@ -206,7 +205,8 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
         weight[m][n] = round_sums<T>(score[m][2 * n], score[m][2 * n + 1]);
       }
     };
-    if (dropout.enabled()) {
+    if (params.dropout.enabled()) {
+      const HeadDropout dropout(params, batch_head);
       // A counter's four words are for eight keys, of which each of four neighbouring lanes has two: each of them makes
       // the words of another tile or row.
 #pragma unroll
@@ -265,7 +265,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(AttentionParams params
     sum += __shfl_xor_sync(all_lanes, sum, 1);
     sum += __shfl_xor_sync(all_lanes, sum, 2);
     const bool sees_none = seen.row[i].end == seen.row[i].begin;
-    normalizer[i] = sees_none ? 0 : dropout.inverse_keep / sum;
+    normalizer[i] = sees_none ? 0 : static_cast<float>(params.dropout.inverse_keep) / sum;
     const int row = lane / 4 + 8 * i;
     if (lane % 4 == 0 && row < warp_queries) {
       static_cast<float*>(params.logsumexp)[batch_head * params.queries + first_query + warp_row + row] =

@@ -105,10 +105,10 @@ __global__ __launch_bounds__(
       gradients(
           score, grad_weight, [&](int n, int, int j) { return constants[n][j]; }, tests,
           [&](int n, int i, int j) { return seen.row[i].holds(first + 8 * n + lane % 4 * 2 + j); },
-          [&](int n) {
+          [&](const HeadDropout& dropout, int n) {
             // Each of the four lanes that share eight keys makes the words of another query.
             const int mine = lane / 4 % 4;
-            PhiloxWords words = gradients.dropout.words(
+            PhiloxWords words = dropout.words(
                 first_key + warp_row + lane / 16 * 8,
                 queries.begin + first + 8 * (n + mine / 2) + lane % 4 * 2 + mine % 2);
             transpose_in_fours<4>(words.word);

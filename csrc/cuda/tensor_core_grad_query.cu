@@ -51,7 +51,8 @@ __device__ float2 row_products(
 }
 
 template <typename T, int dim>
-__global__ __launch_bounds__(threads) void grad_query_kernel(AttentionParams params, QueryConstants* query_constants) {
+__global__ __launch_bounds__(
+    threads) void grad_query_kernel(const __grid_constant__ AttentionParams params, QueryConstants* query_constants) {
   constexpr bool kept = dim <= 128; // own rows in registers
   constexpr int columns = tile_columns(dim);
   extern __shared__ __align__(128) unsigned char memory[];
@@ -137,9 +138,9 @@ __global__ __launch_bounds__(threads) void grad_query_kernel(AttentionParams par
     gradients(
         score, grad_weight, [&](int, int i, int) { return constants[i]; }, tests,
         [&](int n, int i, int j) { return seen.row[i].holds(first + 8 * n + lane % 4 * 2 + j); },
-        [&](int n) {
+        [&](const HeadDropout& dropout, int n) {
           // Each of four neighbouring lanes makes the words of another tile or row.
-          PhiloxWords words = gradients.dropout.words(
+          PhiloxWords words = dropout.words(
               first_key + first + 8 * (n + lane % 4 / 2), first_query + warp_row + lane / 4 + lane % 2 * 8);
           transpose_in_fours<1>(words.word);
           return words;
