@@ -132,6 +132,7 @@ __global__ __launch_bounds__(
     }
   }
 
+  wait_for_copies(); // of keys, where there is no head to do so
   __syncthreads();
   const auto store = [&](const auto& sums, float factor, const OutputView& view, int features) {
     round_rows(sums, factor, factor, key_tile, warp_row);

@@ -44,6 +44,12 @@ TEST_P(TensorCores, TakeAnyHeadDimension) {
   }
 }
 
+TEST_P(TensorCores, TakeNothing) {
+  check_on_tensor_cores(with_dims(16, 16, {.name = "no batch", .batch = 0}));
+  check_on_tensor_cores(with_dims(16, 16, {.name = "no query heads", .heads = 0}));
+  check_on_tensor_cores(with_dims(16, 16, {.name = "no heads", .heads = 0, .kv_heads = 1}));
+}
+
 TEST_P(TensorCores, TakeAnyStridesInChunks) {
   for (const Layout& layout : std::initializer_list<Layout>{
            {.lead = 8}, {.gap = 8}, {.positions_first = true}, {.lead = 16, .gap = 24, .positions_first = true}}) {
