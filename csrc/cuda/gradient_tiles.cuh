@@ -125,11 +125,16 @@ class PairGradients {
     Sums weight[tiles];
     for_each([&](int n, int i, int j) {
       weight[n].x[i][j] = fast_exp2(fmaf(score[n].x[i][j], factor, constants(n, i, j).minus_logsumexp));
-      if (tests) weight[n].x[i][j] = sees(n, i, j) ? weight[n].x[i][j] : 0;
+      if (tests && !rows_are_queries) weight[n].x[i][j] = sees(n, i, j) ? weight[n].x[i][j] : 0;
     });
     const auto round = [](const Sums(&sums)[tiles], LeftFragment(&fragment)[tiles / 2]) {
 #pragma unroll
       for (int n = 0; n < tiles; n += 2) fragment[n / 2] = round_sums<T>(sums[n], sums[n + 1]);
+    };
+    // What a query doesn't see may have made anything of a product, infinity too.
+    const auto drop_unseen = [&] {
+      if (!tests) return;
+      for_each([&](int n, int i, int j) { grad_weight[n].x[i][j] = sees(n, i, j) ? grad_weight[n].x[i][j] : 0; });
     };
     const auto finish = [&] {
       for_each([&](int n, int i, int j) {
@@ -137,8 +142,9 @@ class PairGradients {
         x = weight[n].x[i][j] * fmaf(x, inverse_keep, constants(n, i, j).minus_delta);
       });
       if (wants_temperature) {
-        for_each(
-            [&](int n, int i, int j) { temperature = fmaf(grad_weight[n].x[i][j], score[n].x[i][j], temperature); });
+        for_each([&](int n, int i, int j) {
+          if (!tests || sees(n, i, j)) temperature = fmaf(grad_weight[n].x[i][j], score[n].x[i][j], temperature);
+        });
       }
       if (capped) {
         const float inverse_cap = 1 / transform.cap;
@@ -146,8 +152,10 @@ class PairGradients {
           const float tanh = score[n].x[i][j] * inverse_cap;
           grad_weight[n].x[i][j] *= 1 - tanh * tanh;
         });
+        drop_unseen();
         round(grad_weight, grad_product);
       } else {
+        drop_unseen();
         round(grad_weight, grad_product);
       }
     };
