@@ -37,7 +37,7 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13) # a fifth of the size; every driver for CUDA 13 can read it
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13) # a tenth of the size; every driver for CUDA 13 can read it
   string(APPEND CMAKE_CUDA_FLAGS " --compress-mode=size")
 endif()
 find_library(WMHA_CUDART cudart PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} NO_DEFAULT_PATH REQUIRED)

@@ -16,11 +16,9 @@ ARCHITECTURE = "sm_80"
 TABLE = pathlib.Path(__file__).resolve().parent.parent / "tests" / "cuda_resources.txt"
 UPDATE = "python scripts/cuda_profile.py --resources --update"
 HEAD = f"""\
-# What each CUDA kernel takes on {ARCHITECTURE}: registers of a thread, bytes of its stack (spilled registers, local arrays), bytes
-# of static shared memory. Written by `{UPDATE}`.
+# What each CUDA kernel takes on {ARCHITECTURE}: registers of a thread, bytes of its stack (spilled registers, local
+# arrays), bytes of static shared memory. Written by `{UPDATE}`.
 """
-
-
 SIMPLE = ("general_", "dropout")  # beginnings of the files whose kernels serve rare cases: they may have a stack
 
 
