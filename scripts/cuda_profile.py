@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What the tensor-core kernels execute for the work they are useful for, beside FlashAttention-2's, on one head of 1,024
-positions in fp16. No time is measured: a GPU or an interpreter counts.
+"""What the tensor-core kernels execute for the work they are useful for, beside FlashAttention-2's: one head of 1,024
+positions in fp16. Nothing is timed; a profiler or an interpreter counts.
 
     python scripts/cuda_profile.py --run COMMAND       tables on the terminal, and profile.json and profile.md in --out
     python scripts/cuda_profile.py --resources         compares the library's kernels with tests/cuda_resources.txt;
@@ -103,6 +103,9 @@ def run_calls(profile: pathlib.Path) -> None:
         lines = file.read().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
+    torch.autograd.set_multithreading_enabled(
+        False
+    )  # a thread letting go of tensors may abort an ending process
     profile.touch()
     with open(profile) as file, tqdm(total=len(ROWS) * len(DIMS), unit="call", dynamic_ncols=True) as bar:
         for row in ROWS:
