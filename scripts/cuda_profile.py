@@ -103,9 +103,7 @@ def run_calls(profile: pathlib.Path) -> None:
         lines = file.read().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
-    torch.autograd.set_multithreading_enabled(
-        False
-    )  # a thread letting go of tensors may abort an ending process
+    torch.autograd.set_multithreading_enabled(False)  # a thread letting go of tensors may abort an ending process
     profile.touch()
     with open(profile) as file, tqdm(total=len(ROWS) * len(DIMS), unit="call", dynamic_ncols=True) as bar:
         for row in ROWS:
