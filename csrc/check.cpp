@@ -6,6 +6,8 @@
 
 #include <cmath>
 
+#include "rng_state.h"
+
 namespace wmha {
 namespace {
 
@@ -86,8 +88,8 @@ void check_dropout_p(double dropout_p) {
   TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "wmha: dropout_p must be between 0 and 1, got ", dropout_p);
 }
 
-void check_rng_state(const at::Tensor& rng_state) {
-  check_shape("rng_state", rng_state, {2});
+void check_rng_state(const at::Tensor& rng_state, int64_t size) {
+  check_shape("rng_state", rng_state, {size});
   TORCH_CHECK(
       rng_state.scalar_type() == at::kLong, "wmha: rng_state must be of dtype Long, got ", rng_state.scalar_type());
 }
@@ -217,7 +219,8 @@ void check_backward(
     const std::optional<at::Tensor>& grad_logsumexp,
     const at::Tensor& output,
     const at::Tensor& logsumexp,
-    const at::Tensor& rng_state) {
+    const at::Tensor& rng_state,
+    const AttentionOptions& options) {
   const std::array output_shape{shape.batch, shape.heads, shape.queries, shape.value_dim};
   const std::array logsumexp_shape{shape.batch, shape.heads, shape.queries};
   const auto check_logsumexp = [&](const char* name, const at::Tensor& tensor) {
@@ -232,11 +235,11 @@ void check_backward(
   check_like_query("output", output, query);
   check_logsumexp("logsumexp", logsumexp);
   if (grad_logsumexp.has_value()) check_logsumexp("grad_logsumexp", *grad_logsumexp);
-  check_rng_state(rng_state);
+  check_rng_state(rng_state, rng_state_size(options));
 }
 
 void check_dropout_mask(const at::Tensor& rng_state, double dropout_p) {
-  check_rng_state(rng_state);
+  check_rng_state(rng_state, 2);
   check_dropout_p(dropout_p);
 }
 

@@ -48,7 +48,8 @@ void check_backward(
     const std::optional<at::Tensor>& grad_logsumexp,
     const at::Tensor& output,
     const at::Tensor& logsumexp,
-    const at::Tensor& rng_state);
+    const at::Tensor& rng_state,
+    const AttentionOptions& options);
 
 /// The same for the operator that returns the dropout mask.
 void check_dropout_mask(const at::Tensor& rng_state, double dropout_p);

@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "ops.h"
+#include "rng_state.h"
 
 namespace wmha {
 namespace {
@@ -17,7 +18,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_meta(
       empty_laid_out_like(query, {shape.batch, shape.heads, shape.queries, shape.value_dim}),
       at::empty_symint(
           {shape.batch, shape.heads, shape.queries}, query.options().dtype(acc_dtype(query.scalar_type()))),
-      at::empty({2}, query.options().dtype(at::kLong))};
+      at::empty({rng_state_size(options)}, query.options().dtype(at::kLong))};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_meta(
@@ -31,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_meta(
     const at::Tensor& rng_state,
     const AttentionOptions& options) {
   const AttentionShape shape = check_attention(query, key, value, options);
-  check_backward(shape, query, grad_output, grad_logsumexp, output, logsumexp, rng_state);
+  check_backward(shape, query, grad_output, grad_logsumexp, output, logsumexp, rng_state, options);
   return empty_gradients(query, key, value, options);
 }
 

@@ -128,7 +128,8 @@ class Operator {
   Handle<const at::Tensor&> with_tensor_;
 };
 
-/// wmha::_attention_forward: output, logsumexp and rng_state, the int64 (seed, offset) of the dropout mask.
+/// wmha::_attention_forward: output, logsumexp and rng_state, the int64 (seed, offset) of the dropout mask
+/// or, without dropout, nothing.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& query,
     const at::Tensor& key,

@@ -93,7 +93,7 @@ Problem Problem::of_backward(
     const at::Tensor& rng_state,
     const AttentionOptions& options) {
   const AttentionShape shape = check_attention(query, key, value, options);
-  check_backward(shape, query, grad_output, grad_logsumexp, output, logsumexp, rng_state);
+  check_backward(shape, query, grad_output, grad_logsumexp, output, logsumexp, rng_state, options);
   Problem problem = describe(query, key, value, shape, options);
   problem.output = with_contiguous_rows(output);
   problem.logsumexp = logsumexp.contiguous();

@@ -5,8 +5,11 @@
 
 namespace wmha {
 
+/// Elements of a call's random state: (seed, offset); none without dropout, so that nothing is launched for it.
+inline int64_t rng_state_size(const AttentionOptions& options) { return options.dropout_p_ == 0 ? 0 : 2; }
+
 /// The int64 tensor (seed, offset) on the device of query, drawn from the options' generator or the device's default
-/// one; zeros without dropout. Made of ATen's own random operators, so that vmap's randomness rules hold.
+/// one, or empty without dropout. Made of ATen's own random operator, so that vmap's randomness rules hold.
 at::Tensor draw_rng_state(const at::Tensor& query, const AttentionOptions& options);
 
 } // namespace wmha

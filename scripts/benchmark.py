@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ OURS = "wmha"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
 LEAST_ROUNDS = 3
+DEFAULT_DTYPES = {"cpu": ["fp32", "bf16"], "cuda": ["fp32", "bf16", "fp16"]}
 
 
 @dataclasses.dataclass
@@ -47,6 +49,7 @@ class Result:
     dtype: str
     backward: bool
     way: str
+    heads: int  # of all batches
     length: int
     left: int
     error: float | None  # of the largest exact number
@@ -66,25 +69,51 @@ def call(attention: Callable, inputs: tuple[Tensor, ...], backward: bool) -> lis
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
 
-def seconds_of(function: Callable, repeats: int) -> float:
-    start = time.perf_counter()
+def seconds_of(function: Callable, repeats: int, device: str) -> float:
+    """Of one call. On CUDA: from the start of the first on the device to the end of the last."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return (time.perf_counter() - start) / repeats
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
     for _ in range(repeats):
         function()
-    return (time.perf_counter() - start) / repeats
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats
 
 
 def ways_to(case: Case, dtype: torch.dtype, backward: bool, device: str) -> dict[str, Callable]:
     ways = {OURS: benchmark_peers.ours(case, dtype, device)}
     for name, peer in benchmark_peers.PEERS.items():
-        if backward and name in benchmark_peers.FORWARD_ONLY:
+        if backward and device == "cpu" and name in benchmark_peers.FORWARD_ONLY_ON_CPU:
             continue
-        if (attention := peer(case, dtype, device)) is not None:
+        try:
+            attention = peer(case, dtype, device)
+        except Exception as error:
+            leave_out(name, case, dtype, error)
+            continue
+        if attention is not None:
             ways[name] = attention
     return ways
 
 
+@functools.cache
+def say(message: str) -> None:
+    """On stderr, once."""
+    tqdm.write(f"benchmark.py: {message}", file=sys.stderr)
+
+
+def leave_out(name: str, case: Case, dtype: torch.dtype, error: Exception) -> None:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    say(f"{name} is left out of {case}, {dtype}: {reason}")
+
+
 def check(case: Case, dtype: torch.dtype, backward: bool, ways: dict, inputs: tuple) -> dict[str, float | None]:
-    """The errors of all ways; ends the program if one is wrong."""
+    """The errors of all ways, less those that can't run here or are wrong; ends the program if ours is."""
     errors = {}
     plain = benchmark_reference.exact(case, inputs, backward)
     for name, attention in ways.items():
@@ -95,11 +124,16 @@ def check(case: Case, dtype: torch.dtype, backward: bool, ways: dict, inputs: tu
             rng_state = torch.ops.wmha._attention_forward(*inputs[:3], **options)[2]
             expected = benchmark_reference.exact(case, inputs, backward, rng_state)
             torch.manual_seed(0)
-        errors[name] = benchmark_reference.largest_error(call(attention, inputs, backward), expected)
-        if not errors[name] <= benchmark_reference.TOLERANCE[dtype]:
-            sys.exit(
-                f"benchmark.py: {case}, {dtype}: the result of {name} is wrong by {errors[name]:.2g} of the largest"
-            )
+        try:
+            error = benchmark_reference.largest_error(call(attention, inputs, backward), expected)
+            if not error <= benchmark_reference.TOLERANCE[dtype]:
+                raise ArithmeticError(f"the result is wrong by {error:.2g} of the largest")
+        except Exception as reason:
+            if name == OURS:
+                sys.exit(f"benchmark.py: {name}, {case}, {dtype}: {reason}")
+            leave_out(name, case, dtype, reason)
+        else:
+            errors[name] = error
     return errors
 
 
@@ -108,29 +142,34 @@ def measure(case: Case, dtype_name: str, backward: bool, device: str, seconds: f
     inputs = case.inputs(dtype, device)
     ways = ways_to(case, dtype, backward, device)
     errors = check(case, dtype, backward, ways, inputs)
-    runs = {name: (lambda attention=attention: call(attention, inputs, backward)) for name, attention in ways.items()}
-    repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / seconds_of(run, 1))) for name, run in runs.items()}
+    runs = {name: (lambda attention=ways[name]: call(attention, inputs, backward)) for name in errors}
+    repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / seconds_of(run, 1, device))) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     while len(samples[OURS]) < LEAST_ROUNDS or time.perf_counter() - start < seconds:
         for name, run in runs.items():
-            samples[name].append(seconds_of(run, repeats[name]))
+            samples[name].append(seconds_of(run, repeats[name], device))
     flops, cache = case.flops(backward), case.cache_bytes(dtype)
     return [
-        Result(case.name, str(case), dtype_name, backward, name, case.length, case.left, errors[name], min(times),
-               statistics.median(times), flops / min(times), cache / min(times))
+        Result(case.name, str(case), dtype_name, backward, name, case.batch * case.heads, case.length, case.left,
+               errors[name], min(times), statistics.median(times), flops / min(times), cache / min(times))
         for name, times in samples.items()
     ]  # fmt: skip
 
 
-def machine_rates() -> dict[str, float]:
+def machine_rates(dtypes: list[str], device: str, quick: bool) -> dict[str, float]:
     """Products of large matrices, in flops a second, and the rate at which memory is read, in bytes a second."""
+    if device == "cpu":
+        size, elements, rounds = 2048, 2**26, 8
+    else:  # enough for all of a GPU, and more than its caches
+        size, elements, rounds = (1024, 2**24, 2) if quick else (8192, 2**28, 8)
     rates = {}
-    for name in ("fp32", "bf16"):
-        matrix = torch.ones(2048, 2048, dtype=DTYPES[name])
-        rates[name] = 2 * 2048**3 / min(seconds_of(lambda: matrix @ matrix, 1) for _ in range(8))  # noqa: B023
-    memory = torch.ones(2**26)
-    rates["read"] = memory.nbytes / min(seconds_of(memory.sum, 1) for _ in range(8))
+    for name in dtypes:
+        matrix = torch.ones(size, size, dtype=DTYPES[name], device=device)
+        seconds = min(seconds_of(lambda: matrix @ matrix, 1, device) for _ in range(rounds))  # noqa: B023
+        rates[name] = 2 * size**3 / seconds
+    memory = torch.ones(elements, device=device)
+    rates["read"] = memory.nbytes / min(seconds_of(memory.sum, 1, device) for _ in range(rounds))
     return rates
 
 
@@ -170,14 +209,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few small cases, within a minute; no pictures")
     parser.add_argument("--only", default="", help="cases whose description contains this, such as 'dropout' or '4096'")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help="default: fp32 bf16")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: fp32 bf16, and on cuda fp16")
     parser.add_argument("--passes", nargs="+", choices=["forward", "training"], default=["forward", "training"])
     parser.add_argument("--seconds", type=float, help="for each case, dtype and pass (default: 2; --quick: 0.3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", choices=DEFAULT_DTYPES, default="cpu", help="default: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("wmha-benchmark"), help="default: %(default)s")
     args = parser.parse_args()
     args.seconds = args.seconds or (0.3 if args.quick else 2.0)
+    args.dtypes = args.dtypes or DEFAULT_DTYPES[args.device]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,7 +231,7 @@ def main() -> int:
     args = parse()
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(args.threads)
-    chosen = cases.QUICK if args.quick else [*cases.WINDOWED, *cases.OTHERS, *cases.SCALING_N, *cases.SCALING_W]
+    chosen = cases.QUICK if args.quick else cases.CUDA if args.device == "cuda" else cases.CPU
     chosen = [case for case in chosen if args.only in f"{case.name}: {case}"]
     jobs = [
         (case, dtype, backward)
@@ -199,17 +241,17 @@ def main() -> int:
         if ("training" if backward else "forward") in set(case.passes) & set(args.passes)
         and (not case.dtypes or DTYPES[dtype] in case.dtypes)
     ]
-    rates = machine_rates()
+    rates = machine_rates(args.dtypes, args.device, args.quick)
     information = {
-        "processor": processor(),
-        "threads": args.threads,
+        "processor": processor(args.device),
+        **({"threads": args.threads} if args.device == "cpu" else {}),
         "torch": torch.__version__,
         "wmha": wmha.__version__,
         "commit": commit(),
     }
     print(", ".join(f"{name} {value}" for name, value in information.items()))
-    print(f"products of matrices: fp32 {rates['fp32'] / 1e9:.0f} GF/s, bf16 {rates['bf16'] / 1e9:.0f} GF/s; "
-          f"memory read at {rates['read'] / 1e9:.0f} GB/s")  # fmt: skip
+    products = ", ".join(f"{name} {rates[name] / 1e9:.0f} GF/s" for name in args.dtypes)
+    print(f"products of matrices: {products}; memory read at {rates['read'] / 1e9:.0f} GB/s")
     results: list[Result] = []
     with tqdm(jobs, unit="case", dynamic_ncols=True) as bar:
         for case, dtype, backward in bar:

@@ -19,7 +19,7 @@ class Case:
     dropout_p: float = 0.0
     queries: int | None = None  # None: as many as keys; they are the last ones
     passes: tuple[str, ...] = ("forward", "training")
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = ()  # none: any
 
     @property
     def rows(self) -> int:
@@ -68,24 +68,40 @@ class Case:
 
 
 FORWARD = ("forward",)
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
 
-WINDOWED = [
+CPU = [
     Case("window 256", 1, 8, 4096, 64, 256),
     Case("long", 1, 8, 16384, 64, 256),
     Case("batch", 4, 8, 1024, 64, 128),
     Case("wide", 1, 8, 8192, 128, 1024),
     Case("narrow", 1, 8, 4096, 64, 32),
-]
-OTHERS = [
     Case("dense", 1, 8, 2048, 64, -1),
     Case("dropout", 1, 8, 4096, 64, 256, dropout_p=0.1),
     Case("one head", 1, 1, 16384, 64, 256),
     Case("decode", 16, 16, 4096, 64, 1024, queries=1, passes=FORWARD),
     Case("decode", 1, 8, 1024, 64, -1, queries=1, passes=FORWARD),  # from the CPU's caches
     Case("tiny", 1, 8, 16, 64, -1),
+    *(Case("N", 1, 8, length, 64, 256, dtypes=(torch.float32,)) for length in LENGTHS),
+    *(Case("W", 1, 8, 4096, 64, left, dtypes=(torch.float32,)) for left in WINDOWS),
 ]
-SCALING_N = [Case("N", 1, 8, length, 64, 256, dtypes=(torch.float32,)) for length in (1024, 2048, 4096, 8192, 16384)]
-SCALING_W = [Case("W", 1, 8, 4096, 64, left, dtypes=(torch.float32,)) for left in (32, 64, 128, 256, 512, 1024, 2048)]
+# Enough heads to fill a GPU.
+CUDA = [
+    Case("window 256", 4, 16, 4096, 64, 256),
+    Case("long", 1, 16, 32768, 64, 256),
+    Case("batch", 32, 16, 1024, 64, 128),
+    Case("wide", 2, 16, 8192, 128, 1024),
+    Case("narrow", 4, 16, 4096, 64, 32),
+    Case("dense", 4, 16, 4096, 64, -1),
+    Case("dropout", 4, 16, 4096, 64, 256, dropout_p=0.1),
+    Case("one head", 1, 1, 16384, 64, 256),
+    Case("decode", 64, 16, 4096, 64, 1024, queries=1, passes=FORWARD),
+    Case("decode", 1, 8, 16384, 128, -1, queries=1, passes=FORWARD),  # fewer heads than multiprocessors
+    Case("tiny", 1, 8, 16, 64, -1),
+    *(Case("N", 4, 16, length, 64, 256, dtypes=(torch.bfloat16,)) for length in LENGTHS),
+    *(Case("W", 4, 16, 4096, 64, left, dtypes=(torch.bfloat16,)) for left in WINDOWS),
+]
 QUICK = [
     Case("window 128", 1, 8, 1024, 64, 128),
     Case("dense", 1, 8, 512, 64, -1),

@@ -1,5 +1,5 @@
 """What wmha is compared with: other ways to the same numbers. Each takes a case and returns a function of query, key
-and value, or None where it has no answer."""
+and value, or None where it has no answer. Some have one on CUDA alone, and some raise an error where they can't run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import wmha
@@ -105,12 +106,48 @@ def local_attention(case: Case, dtype: torch.dtype, device: str) -> Attention | 
     return LocalAttention(case.left, causal=True, exact_windowsize=True, autopad=True, use_rotary_pos_emb=False)
 
 
+def flash_attention(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
+    """The package flash-attn, where it is installed."""
+    if device == "cpu" or dtype == torch.float32 or case.dropout_p or importlib.util.find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_func
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # it takes and returns (B, N, H, D)
+        by_position = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return flash_attn_func(*by_position, causal=True, window_size=case.window).transpose(1, 2)
+
+    return attention
+
+
+def on_backend(peer: Callable, backend: SDPBackend) -> Callable:
+    """A peer made of PyTorch's own attention, on one of its backends for CUDA."""
+
+    def peer_on_backend(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
+        attention = None if device == "cpu" else peer(case, dtype, device)
+        if attention is None:
+            return None
+
+        def on_this_backend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return attention(q, k, v)
+
+        return on_this_backend
+
+    return peer_on_backend
+
+
 PEERS = {
     "flex": flex,
     "SDPA": sdpa,
     "SDPA, mask": sdpa_masked,
     "chunked": chunked,
     "local-attention": local_attention,
+    "flash-attn": flash_attention,
+    "SDPA, flash": on_backend(sdpa, SDPBackend.FLASH_ATTENTION),
+    "SDPA, cuDNN": on_backend(sdpa, SDPBackend.CUDNN_ATTENTION),
+    "SDPA, efficient": on_backend(sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "SDPA, mask, cuDNN": on_backend(sdpa_masked, SDPBackend.CUDNN_ATTENTION),
+    "SDPA, mask, efficient": on_backend(sdpa_masked, SDPBackend.EFFICIENT_ATTENTION),
     "no dropout": ours_without_dropout,
 }
-FORWARD_ONLY = {"flex"}
+FORWARD_ONLY_ON_CPU = {"flex"}

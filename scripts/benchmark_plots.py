@@ -17,6 +17,7 @@ COLORS = {
     "SDPA, mask": "#D55E00",
     "SDPA": "#CC79A7",
     "local-attention": "#56B4E9",
+    "flash-attn": "#000000",
 }
 plt.rcParams.update(
     {
@@ -33,7 +34,8 @@ plt.rcParams.update(
 
 
 def draw(folder: pathlib.Path, results: list, information: dict) -> None:
-    where = f"{information['processor']}, {information['threads']} threads, torch {information['torch']}"
+    threads = f", {information['threads']} threads" if "threads" in information else ""
+    where = f"{information['processor']}{threads}, torch {information['torch']}"
     windowed = [r for r in results if r.case not in ("N", "W") and r.way in COLORS]
     if windowed:
         ratios(folder / "ratios.png", windowed, where)
@@ -76,7 +78,8 @@ def ratios(file: pathlib.Path, results: list, where: str) -> None:
 
 
 def scaling(file: pathlib.Path, results: list, where: str) -> None:
-    """Time over length at one window, and over the window at one length; forward and backward, fp32."""
+    """Time over length at one window, and over the window at one length; forward and backward."""
+    first = next(r for r in results if r.case in ("N", "W"))
     figure, (over_length, over_window) = plt.subplots(1, 2, figsize=(10, 4.6))
     for axes, case, of in ((over_length, "N", lambda r: r.length), (over_window, "W", lambda r: r.left)):
         chosen = [r for r in results if r.case == case and r.backward]
@@ -93,7 +96,9 @@ def scaling(file: pathlib.Path, results: list, where: str) -> None:
     over_length.set(title="Time over length, window 256, in ms", xlabel="length")
     over_window.set(title="Time over window, length 4,096, in ms", xlabel="window")
     figure.legend(*over_length.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    figure.suptitle(f"Forward and backward in fp32, 8 heads, D = 64; {where}", x=0.01, ha="left", fontsize=9)
+    figure.suptitle(
+        f"Forward and backward in {first.dtype}, {first.heads} heads, D = 64; {where}", x=0.01, ha="left", fontsize=9
+    )
     finish(figure, file)
 
 

@@ -309,6 +309,7 @@ BACKWARD = [
     ("logsumexp", (2, 4, 4), torch.float32, r"logsumexp .*\[2, 4, 5\].*got \[2, 4, 4\]"),
     ("logsumexp", (2, 4, 5), torch.float64, r"logsumexp .*Float.*got Double"),
     ("rng_state", (1,), torch.int64, r"rng_state .*\[2\].*got \[1\]"),
+    ("rng_state", (0,), torch.int64, r"rng_state .*\[2\].*got \[0\]"),
     ("rng_state", (2,), torch.float32, r"rng_state .*Long.*got Float"),
     ("query", (2, 4, 5, 7), torch.float32, r"key .*7.*got 8"),
 ]
