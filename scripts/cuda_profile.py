@@ -74,8 +74,8 @@ ROWS = [
     Row("no window", (-1, -1), flash(5.1, 4.2, 3.9, 3.4), 1.00),
     Row("window (256, 0), dropout 0.1", (256, 0), flash(18.3, 12.4, 12.1, 8.3), None, dropout_p=0.1),
 ]
-# What its kernels before and after the main one of a backward pass add, by head dimension, counted in the first row. They
-# do the same for any window. All of our kernels are counted.
+# What its kernels before and after the main one of a backward pass add, by head dimension, counted in the first row.
+# They do the same for any window. All of our kernels are counted.
 FLASH_HELPERS = {64: 10.4 - 8.8, 128: 7.8 - 6.4}
 GOALS = {
     ("window (256, 0)", "forward", 64): 9.0,
