@@ -12,9 +12,8 @@ using namespace gradients;
 template <typename T, int dim, bool of_key, bool of_value>
 __global__ __launch_bounds__(
     threads) void grad_key_value_kernel(AttentionParams params, const QueryConstants* query_constants) {
-  constexpr bool kept = dim <= 64; // own rows in registers
+  constexpr bool kept = dim <= 32; // own rows in registers; the sums take most of them
   constexpr int columns = tile_columns(dim);
-  constexpr int at_once = dim == 64 ? 32 : columns; // of those, too, more wouldn't fit into registers
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ __align__(16) QueryConstants shared_constants[2 * columns];
   T* const shared = reinterpret_cast<T*>(memory);
@@ -127,7 +126,7 @@ __global__ __launch_bounds__(
         value.load();
       }
       if (first + columns < block_queries.end) copy(first + columns, stage ^ columns);
-      for_each_group<columns, at_once>(
+      for_each_group<columns>(
           seen, first, [&](int place, auto count, auto tests) { attend(first + place, stage + place, count, tests); });
     }
   }

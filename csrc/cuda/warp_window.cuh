@@ -53,15 +53,12 @@ struct RowsSeen {
 
 constexpr int group = 16; // positions that are taken at once at the window's edges
 
-/// Calls attend(place, groups, tests) for what the rows see of the positions [first, first + tile): for `at_once` of
-/// them at a time, without tests, if every row sees every one, else for each group of 16 of which some row sees one.
-template <int tile, int at_once = tile, int lane_rows, typename Attend>
+/// Calls attend(place, groups, tests) for what the rows see of the positions [first, first + tile): for all of them at
+/// once, without tests, if every row sees every one, else for each group of 16 of which some row sees one.
+template <int tile, int lane_rows, typename Attend>
 __device__ void for_each_group(const RowsSeen<lane_rows>& seen, int first, const Attend& attend) {
   if (seen.all.covers(first, first + tile)) {
-#pragma unroll 1
-    for (int place = 0; place < tile; place += at_once) {
-      attend(place, std::integral_constant<int, at_once / group>(), std::false_type());
-    }
+    attend(0, std::integral_constant<int, tile / group>(), std::false_type());
     return;
   }
   const int last = min(seen.any.end - first, tile);
