@@ -6,8 +6,6 @@
 
 #include <cmath>
 
-#include "rng_state.h"
-
 namespace wmha {
 namespace {
 
@@ -88,8 +86,8 @@ void check_dropout_p(double dropout_p) {
   TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "wmha: dropout_p must be between 0 and 1, got ", dropout_p);
 }
 
-void check_rng_state(const at::Tensor& rng_state, int64_t size) {
-  check_shape("rng_state", rng_state, {size});
+void check_rng_state(const at::Tensor& rng_state) {
+  check_shape("rng_state", rng_state, {2});
   TORCH_CHECK(
       rng_state.scalar_type() == at::kLong, "wmha: rng_state must be of dtype Long, got ", rng_state.scalar_type());
 }
@@ -235,11 +233,15 @@ void check_backward(
   check_like_query("output", output, query);
   check_logsumexp("logsumexp", logsumexp);
   if (grad_logsumexp.has_value()) check_logsumexp("grad_logsumexp", *grad_logsumexp);
-  check_rng_state(rng_state, rng_state_size(options));
+  if (options.dropout_p_ == 0) return; // nothing reads rng_state
+  check_rng_state(rng_state);
+  TORCH_CHECK(
+      rng_state.device() == query.device(), "wmha: rng_state must be on the device of query, ", query.device(),
+      ", got ", rng_state.device());
 }
 
 void check_dropout_mask(const at::Tensor& rng_state, double dropout_p) {
-  check_rng_state(rng_state, 2);
+  check_rng_state(rng_state);
   check_dropout_p(dropout_p);
 }
 

@@ -8,8 +8,8 @@ positions in fp16. Nothing is timed; a profiler or an interpreter counts.
     python scripts/cuda_profile.py --resources --update    writes that file
 
 COMMAND is put before a Python process that makes the calls. There, something must append a line of JSON for each
-kernel, before its stream is synchronised, to the file that the environment variable PTXRUN_PROFILE names; other lines
-are skipped. Fields: entry (the kernel's mangled name), dynamic_shared (bytes), warp_instructions (executed by warps),
+kernel, before its stream is synchronised, to the file that the environment variable --variable names; other lines are
+skipped. Fields: entry (the kernel's mangled name), dynamic_shared (bytes), warp_instructions (executed by warps),
 mma (of them, m16n8k16 on tensor cores), shared_wavefronts and shared_wavefronts_ideal (needed, and the fewest for these
 accesses), global_sectors and global_sectors_ideal (of 32 bytes, the same; lanes that read the same bytes need fewer).
 
@@ -127,7 +127,7 @@ def run_calls(profile: pathlib.Path) -> None:
                 bar.update()
 
 
-def profile_calls(prefix: list[str]) -> list[dict]:
+def profile_calls(prefix: list[str], variable: str) -> list[dict]:
     """The calls, each with all the launches of wmha's kernels in it."""
     with tempfile.TemporaryDirectory() as folder:
         profile = pathlib.Path(folder) / "profile"
@@ -135,7 +135,7 @@ def profile_calls(prefix: list[str]) -> list[dict]:
         try:
             done = subprocess.run(
                 command,
-                env=os.environ | {"PTXRUN_PROFILE": str(profile)},
+                env=os.environ | {variable: str(profile)},
                 stdout=subprocess.PIPE,
                 text=True,
                 check=False,
@@ -148,7 +148,7 @@ def profile_calls(prefix: list[str]) -> list[dict]:
     for call in calls:
         call["launches"] = [launch for launch in call["launches"] if "wmha" in launch.get("entry", "")]
         if not call["launches"]:
-            raise Missing(f"`{shlex.join(prefix)}` left no profile of a kernel of wmha in the file PTXRUN_PROFILE")
+            raise Missing(f"`{shlex.join(prefix)}` left no profile of a kernel of wmha in the file {variable}")
         if lacking := {"dynamic_shared", *COUNTS} - call["launches"][0].keys():
             raise Missing(f"the profile has no {', '.join(sorted(lacking))}")
     return calls
@@ -228,9 +228,9 @@ def table_of_kernels(calls: list[dict], kernels: dict[str, Resources]) -> str:
     return markdown(head, lines)
 
 
-def profile(prefix: list[str], out: pathlib.Path) -> None:
+def profile(prefix: list[str], variable: str, out: pathlib.Path) -> None:
     kernels = cuda_resources.of_library()
-    calls = profile_calls(prefix)
+    calls = profile_calls(prefix, variable)
     evaluate(calls, kernels)
     tables = f"{table_of_calls(calls)}\n\n{table_of_kernels(calls, kernels)}\n"
     print(tables)
@@ -259,6 +259,7 @@ def parse() -> argparse.Namespace:
     what.add_argument("--run", metavar="COMMAND", help="under which the calls are profiled, with its arguments")
     what.add_argument("--resources", action="store_true", help="registers, stack and shared memory only; no call")
     what.add_argument("--calls", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--variable", default="KERNEL_PROFILE", help="names the profile's file; default: %(default)s")
     parser.add_argument("--update", action="store_true", help="with --resources: record what the library has")
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("wmha-cuda-profile"), help="default: %(default)s"
@@ -277,7 +278,7 @@ def main() -> int:
         elif args.resources:
             return check_resources(args.update)
         else:
-            profile(shlex.split(args.run), args.out)
+            profile(shlex.split(args.run), args.variable, args.out)
     except Missing as missing:
         print(f"cuda_profile.py: {missing}", file=sys.stderr)
         return 2
