@@ -1,4 +1,4 @@
-"""wmha.nn.MultiheadAttention, against plain PyTorch; what C++ does with the modules is in cpp/test_nn.cpp and cpp_app/."""
+"""wmha.nn.MultiheadAttention, against plain PyTorch. The modules in C++: cpp/test_nn.cpp and cpp_app/."""
 
 import copy
 import math

@@ -148,6 +148,11 @@ std::tuple<at::Tensor, KeyValueCache> MultiheadAttentionImpl::decode(
   return {out_proj(heads.transpose(1, 2).flatten(2)), {last(key, left), last(value, left), length + x.size(1)}};
 }
 
+void MultiheadAttentionImpl::load(torch::serialize::InputArchive& archive) {
+  check_archive(*this, archive);
+  Module::load(archive);
+}
+
 void MultiheadAttentionImpl::pretty_print(std::ostream& stream) const {
   const auto& o = options;
   stream << "wmha::nn::MultiheadAttention(embed_dim=" << o.embed_dim() << ", num_heads=" << o.num_heads()

@@ -112,6 +112,11 @@ at::Tensor TransformerLayerImpl::feed_forward(const at::Tensor& x) {
   return linear2(activate(halves[0]) * halves[1]);
 }
 
+void TransformerLayerImpl::load(torch::serialize::InputArchive& archive) {
+  check_archive(*this, archive);
+  Module::load(archive);
+}
+
 void TransformerLayerImpl::pretty_print(std::ostream& stream) const {
   stream << "wmha::nn::TransformerLayer(activation=" << options.activation() << ", norm=" << options.norm() << ")";
 }
@@ -155,6 +160,11 @@ std::tuple<at::Tensor, std::vector<KeyValueCache>> TransformerStackImpl::decode(
     std::tie(y, kept[i]) = layers[i]->as<TransformerLayer>()->decode(y, cache);
   }
   return {norm ? norm(y) : y, std::move(kept)};
+}
+
+void TransformerStackImpl::load(torch::serialize::InputArchive& archive) {
+  check_archive(*this, archive);
+  Module::load(archive);
 }
 
 void TransformerStackImpl::pretty_print(std::ostream& stream) const {

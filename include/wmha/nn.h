@@ -9,8 +9,8 @@
 // They have the names, options, defaults and parameter names of the Python modules in wmha.nn, and with the same seed
 // the same initial parameters. Parameters move in both directions: Python reads what torch::save(stack, path) wrote by
 // stack.load_state_dict(torch.jit.load(path).state_dict()), and torch::load(stack, path) reads what Python wrote by
-// torch.jit.script(stack).save(path). Either side makes a module with the same options first. torch::load takes tensors
-// as they are: it needs the same dtype, and doesn't compare shapes.
+// torch.jit.script(stack).save(path). Either side makes a module with the same options first; here it must have the
+// dtype of the file.
 //
 // Inputs are (batch, positions, embedding). Invalid options raise c10::ValueError at construction, with the name of the
 // option, what was expected and what came.
@@ -93,11 +93,13 @@ class WMHA_API MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAtt
   void reset() override;
   /// Draws new initial parameters.
   void reset_parameters();
+  /// Reads exactly the module's parameters, of its own dtype.
+  void load(torch::serialize::InputArchive& archive) override;
   void pretty_print(std::ostream& stream) const override;
 
   /// Self-attention of query (B, Nq, embed_dim), or its attention to key (B, Nk, kdim) and value (B, Nk, vdim; by
   /// default, key) -> (B, Nq, embed_dim). The last query sits on the last key: where there are fewer queries than keys,
-  /// the window is that of the last ones.
+  /// theirs are the last positions.
   at::Tensor forward(const at::Tensor& query, const at::Tensor& key = {}, const at::Tensor& value = {});
 
   /// Self-attention of x (B, N, embed_dim), the next positions of a sequence, of which the cache holds what they see of
@@ -131,7 +133,7 @@ struct TransformerLayerOptions {
   TORCH_ARG(MultiheadAttentionOptions, attention);
   /// Width of the feed-forward network. Default: 4 * embed_dim.
   TORCH_ARG(std::optional<int64_t>, dim_feedforward);
-  /// "gelu", "relu", "silu", or gated, act(a) * b with twice the rows in linear1, a before b: "geglu", "swiglu".
+  /// "gelu", "relu", "silu", or gated, act(a) * b with twice the rows in linear1, first those of a: "geglu", "swiglu".
   TORCH_ARG(std::string, activation) = "gelu";
   /// "before" or "after" each sublayer.
   TORCH_ARG(std::string, norm) = "before";
@@ -142,8 +144,8 @@ struct TransformerLayerOptions {
 };
 
 /// Self-attention and a feed-forward network, each with a residual connection and a layer norm: x +
-/// dropout(sublayer(norm(x))) with the norm before, norm(x + dropout(sublayer(x))) with the norm after. Parameters
-/// start as those of the modules that they belong to.
+/// dropout(sublayer(norm(x))) with the norm before, norm(x + dropout(sublayer(x))) with the norm after. The
+/// parameters start as those of its submodules do.
 class WMHA_API TransformerLayerImpl : public torch::nn::Cloneable<TransformerLayerImpl> {
  public:
   TransformerLayerImpl(int64_t embed_dim, int64_t num_heads)
@@ -153,6 +155,8 @@ class WMHA_API TransformerLayerImpl : public torch::nn::Cloneable<TransformerLay
   void reset() override;
   /// Draws new initial parameters.
   void reset_parameters();
+  /// Reads exactly the module's parameters, of its own dtype.
+  void load(torch::serialize::InputArchive& archive) override;
   void pretty_print(std::ostream& stream) const override;
 
   /// (B, N, embed_dim) -> (B, N, embed_dim)
@@ -201,6 +205,8 @@ class WMHA_API TransformerStackImpl : public torch::nn::Cloneable<TransformerSta
   void reset() override;
   /// Draws new initial parameters.
   void reset_parameters();
+  /// Reads exactly the module's parameters, of its own dtype.
+  void load(torch::serialize::InputArchive& archive) override;
   void pretty_print(std::ostream& stream) const override;
 
   /// (B, N, embed_dim) -> (B, N, embed_dim)

@@ -237,6 +237,30 @@ TEST(TransformerStack, IsSavedAndLoaded) {
   EXPECT_TRUE(loaded(x).equal(stack(x)));
 }
 
+TEST(TransformerStack, LoadsOnlyWhatFits) {
+  const auto load = [&](const MultiheadAttentionOptions& saved, const MultiheadAttentionOptions& loaded, auto dtype) {
+    TransformerStack from(1, saved), into(1, loaded);
+    from->to(dtype);
+    std::stringstream file;
+    torch::save(from, file);
+    return error_of([&] { torch::load(into, file); });
+  };
+  const auto learned = attention().learned_temperature("shared");
+  const std::string name = "layers.0.self_attn.";
+  EXPECT_EQ(load(learned, learned, at::kFloat), "no error");
+  EXPECT_EQ(
+      load(learned, learned, at::kDouble),
+      "wmha: " + name + "log_temperature in the archive must be of the module's dtype, Float, got Double");
+  EXPECT_EQ(
+      load(attention(), attention().num_kv_heads(2), at::kFloat),
+      "wmha: " + name + "k_proj.weight in the archive must have shape [12, 24], got [24, 24]");
+  EXPECT_EQ(
+      load(attention(), learned, at::kFloat), "wmha: the archive must hold " + name + "log_temperature, got none");
+  EXPECT_EQ(
+      load(learned, attention(), at::kFloat),
+      "wmha: the archive holds " + name + "log_temperature, which the module doesn't have");
+}
+
 TEST(TransformerStack, IsCloned) {
   auto stack = prepared(TransformerStack(rich_stack()));
   TransformerStack copy(std::dynamic_pointer_cast<wmha::nn::TransformerStackImpl>(stack->clone()));

@@ -132,7 +132,7 @@ class MultiheadAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None) -> Tensor:
         """Self-attention of `query`, or attention of `query` to `key` and `value`.
 
-        The last query sits on the last key: where there are fewer queries than keys, the window is that of the last ones.
+        The last query sits on the last key: where there are fewer queries than keys, theirs are the last positions.
 
         Args:
             query: (B, Nq, embed_dim)

@@ -22,8 +22,8 @@ class TransformerLayer(nn.Module):
     Args:
         embed_dim, num_heads: as of MultiheadAttention.
         dim_feedforward: width of the feed-forward network. Default: 4 * embed_dim.
-        activation: "gelu" (the default), "relu", "silu", or gated, act(a) * b with twice the rows in `linear1`, a before b:
-            "geglu", "swiglu".
+        activation: "gelu" (the default), "relu", "silu"; or gated, act(a) * b with twice the rows in `linear1`, first
+            those of a: "geglu", "swiglu".
         norm: "before" (the default) or "after" each sublayer.
         layer_norm_eps: epsilon of the layer norms. Default: 1e-5.
         dropout: on each sublayer's output, in training mode only. Default: 0.0.
@@ -32,8 +32,8 @@ class TransformerLayer(nn.Module):
         device, dtype: of the parameters.
         attention: further options of MultiheadAttention, such as window=(256, 0) or num_kv_heads=2.
 
-    Parameters have the names of torch.nn.TransformerEncoderLayer's: `self_attn`, `linear1`, `linear2`, `norm1`, `norm2`.
-    They start as those of the modules that they belong to.
+    The submodules are `self_attn`, `linear1`, `linear2`, `norm1` and `norm2`, as in torch.nn.TransformerEncoderLayer;
+    the parameters start as theirs do.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class TransformerStack(nn.Module):
         final_norm: a layer norm, `norm`, after the last layer. Default: False.
         layer: further options of TransformerLayer.
 
-    Parameters have the names of torch.nn.TransformerEncoder's: `layers.0`, `layers.1`, ..., `norm`.
+    The submodules are `layers.0`, `layers.1`, ..., `norm`, as in torch.nn.TransformerEncoder.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class TransformerStack(nn.Module):
 
     @torch.jit.export
     def decode(self, x: Tensor, caches: list[KeyValueCache] | None = None) -> tuple[Tensor, list[KeyValueCache]]:
-        """`forward` for the next positions of a sequence, with one cache for each layer: see MultiheadAttention.decode."""
+        """`forward` for the next positions of a sequence, a cache for each layer: see MultiheadAttention.decode."""
         if caches is not None and len(caches) != len(self.layers):
             raise RuntimeError(f"wmha: caches must be one for each of the {len(self.layers)} layers, got {len(caches)}")
         kept: list[KeyValueCache] = []
