@@ -79,7 +79,7 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    packages=["wmha"],
+    packages=["wmha", "wmha.nn"],
     package_dir={"": "csrc/python"},
     package_data={"wmha": ["py.typed"]},
     ext_modules=[Extension("wmha.lib", [])],  # makes the wheel a platform's own; CMakeBuild knows the sources

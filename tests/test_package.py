@@ -12,9 +12,10 @@ PACKAGE = pathlib.Path(wmha.__file__).parent
 
 
 def test_everything_public_is_documented():
-    for name in wmha.__all__:
-        value = getattr(wmha, name)
-        assert isinstance(value, str) or value.__doc__
+    for module in (wmha, wmha.nn):
+        for name in module.__all__:
+            value = getattr(module, name)
+            assert isinstance(value, str) or value.__doc__
 
 
 def test_version():
@@ -24,6 +25,7 @@ def test_version():
 def test_cmake_prefix_path():
     assert list(pathlib.Path(wmha.cmake_prefix_path).rglob("wmhaConfig.cmake"))
     assert (PACKAGE / "include/wmha/attention.h").is_file()
+    assert (PACKAGE / "include/wmha/nn.h").is_file()
 
 
 def test_library_has_no_python_in_it():

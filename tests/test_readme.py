@@ -29,15 +29,20 @@ def test_python_and_torchscript(run_python, tmp_path, monkeypatch):
 
 @pytest.mark.cpu
 def test_cpp(tmp_path):
-    (tmp_path / "main.cpp").write_text("".join(blocks("cpp")))
-    project = "cmake_minimum_required(VERSION 3.18)\nproject(program LANGUAGES CXX)\nadd_executable(program main.cpp)\n"
-    (tmp_path / "CMakeLists.txt").write_text(project + "".join(blocks("cmake")))
+    """Each example is a program."""
+    project = "cmake_minimum_required(VERSION 3.18)\nproject(programs LANGUAGES CXX)\n"
+    programs = [f"program{i}" for i in range(len(blocks("cpp")))]
+    for program, code in zip(programs, blocks("cpp"), strict=True):
+        (tmp_path / f"{program}.cpp").write_text(code)
+        project += f"add_executable({program} {program}.cpp)\n"
+        project += "".join(blocks("cmake")).replace("program ", f"{program} ")
+    (tmp_path / "CMakeLists.txt").write_text(project)
     cmake = shutil.which("cmake", path=PATH)
     build = tmp_path / "build"
     for command in (
         [cmake, "-S", tmp_path, "-B", build, f"-DCMAKE_PREFIX_PATH={wmha.cmake_prefix_path}"],
         [cmake, "--build", build],
-        [build / "program"],
+        *([build / program] for program in programs),
     ):
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr

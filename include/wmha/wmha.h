@@ -2,3 +2,4 @@
 #pragma once
 
 #include <wmha/attention.h>
+#include <wmha/nn.h>

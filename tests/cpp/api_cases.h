@@ -4,7 +4,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/randn.h>
-#include <wmha/wmha.h>
+#include <wmha/attention.h>
 
 #include <limits>
 #include <vector>

@@ -49,12 +49,12 @@ class Block(torch.nn.Module):
 
 
 class Example(torch.nn.Module):
-    """A file of two tensors that C++ reads without further ado."""
+    """A file of tensors that C++ reads without further ado."""
 
-    def __init__(self, input: torch.Tensor, output: torch.Tensor):
+    def __init__(self, **tensors: torch.Tensor):
         super().__init__()
-        self.register_buffer("input", input)
-        self.register_buffer("output", output)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
 
 def main(folder: pathlib.Path) -> None:
@@ -64,7 +64,7 @@ def main(folder: pathlib.Path) -> None:
     tokens = torch.randint(50, (2, 100))
     with torch.no_grad():
         expected = model(tokens)
-        torch.jit.script(Example(tokens, expected)).save(str(folder / "example.pt"))
+        torch.jit.script(Example(input=tokens, output=expected)).save(str(folder / "example.pt"))
         torch.jit.script(model).save(str(folder / "model.pt"))
         exported = torch.export.export(model, (tokens,))
         torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / "model.pt2"))

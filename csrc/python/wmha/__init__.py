@@ -1,7 +1,8 @@
 """Windowed multi-head attention for PyTorch, on operators written in C++.
 
 Importing the package loads the operators ``torch.ops.wmha.*``; the functions here are those operators with types and
-documentation. They can be used in eager mode, in ``torch.jit.script``, ``torch.compile`` and ``torch.export``.
+documentation, and the modules in ``wmha.nn`` have them inside. They can be used in eager mode, in ``torch.jit.script``,
+``torch.compile`` and ``torch.export``.
 """
 
 from pathlib import Path as _Path
@@ -45,6 +46,7 @@ cmake_prefix_path: str = str(_Path(__file__).parent / "share" / "cmake")
 """For CMAKE_PREFIX_PATH, so that ``find_package(wmha)`` finds the C++ library."""
 
 from . import _vmap as _vmap  # noqa: E402  (the operators must be loaded first)
+from . import nn as nn  # noqa: E402
 from .functional import (  # noqa: E402
     attention,
     attention_weights,
@@ -59,4 +61,5 @@ __all__ = [
     "cmake_prefix_path",
     "library_path",
     "multi_head_attention",
+    "nn",
 ]
