@@ -6,7 +6,6 @@
 #include "rng_state.h"
 
 namespace wmha {
-namespace {
 
 ScalarType kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {
@@ -16,6 +15,8 @@ ScalarType kernel_dtype(at::ScalarType dtype) {
     default: return ScalarType::Float;
   }
 }
+
+namespace {
 
 template <typename Pointer>
 TensorView<Pointer> view(const at::Tensor& tensor) {

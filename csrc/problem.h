@@ -10,6 +10,9 @@
 
 namespace wmha {
 
+/// As the kernels name it.
+ScalarType kernel_dtype(at::ScalarType dtype);
+
 /// Keeps alive what `params` points at.
 struct Problem {
   AttentionParams params{};

@@ -157,14 +157,15 @@ def expected(case: Case, inputs: Inputs, mask: torch.Tensor | None = None) -> di
         factor = abs(case.actual_scale) / divisor
         products_slack = factor * (grad_scores_slack * through_cap + grad_scores * through_cap_slack)
 
-        def rounded_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-            """How far left @ right may be off if left is rounded."""
+        def rounded_products(left: torch.Tensor, right: torch.Tensor, unit: float | torch.Tensor = 1.0) -> torch.Tensor:
+            """How far left @ right may be off if left is rounded, in multiples of unit."""
             if dtype != torch.bfloat16 and not (dtype == torch.float16 and inputs.query.is_cuda):
                 return torch.zeros(())
-            rounded = EPSILON[dtype] / 2 * left.abs() + FLOOR[dtype] / 2 * (left != 0)
+            rounded = EPSILON[dtype] / 2 * left.abs() + FLOOR[dtype] / 2 * unit * (left != 0)
             return rounded @ right.abs()
 
-        grad_products = factor * grad_scores * through_cap
+        grad_products = factor * grad_scores * through_cap  # rounded before or after they are multiplied by the factor
+        unit = torch.as_tensor(factor).clamp(min=1)
 
         def fold(tensor: torch.Tensor) -> torch.Tensor:  # sums over the query heads that share a key head
             kv_heads = key.size(1)
@@ -174,8 +175,8 @@ def expected(case: Case, inputs: Inputs, mask: torch.Tensor | None = None) -> di
             "weights": relative * weights,
             "output": relative * ((keep * weights) @ values.abs()) + rounded_products(keep * weights, values),
             "logsumexp": relative.squeeze(-1),
-            "grad_query": products_slack @ keys.abs() + rounded_products(grad_products, keys),
-            "grad_key": fold(products_slack.mT @ query.abs() + rounded_products(grad_products.mT, query)),
+            "grad_query": products_slack @ keys.abs() + rounded_products(grad_products, keys, unit),
+            "grad_key": fold(products_slack.mT @ query.abs() + rounded_products(grad_products.mT, query, unit)),
             "grad_value": fold(
                 (relative * keep * weights).mT @ grad_output.abs() + rounded_products((keep * weights).mT, grad_output)
             ),

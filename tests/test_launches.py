@@ -9,6 +9,12 @@ ALLOCATIONS = {"aten::empty", "aten::empty_strided", "aten::empty_like"}
 VIEWS = {"aten::transpose", "aten::as_strided", "aten::detach"}  # launch nothing
 
 
+def launches_nothing(event) -> bool:
+    return event.name in ALLOCATIONS | VIEWS or (
+        event.name == "aten::to" and not event.cpu_children
+    )  # the dtype is right
+
+
 def inputs_on(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """query, key, value and the output's gradient."""
     torch.manual_seed(0)
@@ -17,21 +23,25 @@ def inputs_on(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("learned", [False, True], ids=["number", "learned"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_nothing_but_allocations_around_the_kernels(dropout_p, dtype, device):
-    """And with dropout one random operator, for the seed; on the CPU another one, for an offset of 0."""
-    draws = (
-        [] if dropout_p == 0 else ["aten::randint"] if device == "cuda" else ["aten::randint", "aten::constant_pad_nd"]
-    )
+def test_nothing_but_allocations_around_the_kernels(dropout_p, learned, dtype, device):
+    """And with dropout one random operator, for the seed; on the CPU another one, for an offset of 0, and one for the
+    temperature's gradient."""
+    wanted_operators = ["aten::randint"] if dropout_p else []
+    if device == "cpu":
+        wanted_operators += (["aten::constant_pad_nd"] if dropout_p else []) + (["aten::copy_"] if learned else [])
     *leaves, grad_output = inputs_on(device, dtype)
+    temperature = torch.ones(2, device=device, requires_grad=True) if learned else 1.0
+    inputs = [*leaves, temperature] if learned else leaves
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        output = wmha.attention(*leaves, window=(16, 0), dropout_p=dropout_p)
-        torch.autograd.grad(output, leaves, grad_output)
+        output = wmha.attention(*leaves, window=(16, 0), dropout_p=dropout_p, temperature=temperature)
+        torch.autograd.grad(output, inputs, grad_output)
     events = profile.events()
     assert {"wmha::_attention_forward", "wmha::_attention_backward"} <= {event.name for event in events}
     operators = [event for event in events if event.name.startswith("aten::")]
-    called = [event.name for event in operators if event.cpu_parent not in operators]  # by wmha or autograd
-    assert [name for name in called if name not in ALLOCATIONS | VIEWS] == draws
+    called = [event for event in operators if event.cpu_parent not in operators]  # by wmha or autograd
+    assert [event.name for event in called if not launches_nothing(event)] == wanted_operators
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -49,9 +49,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cuda(
   cuda::backward(params, workspace.data_ptr(), stream);
   if (problem.temperature.defined()) {
     const bool per_head = problem.grad_temperature.numel() > 1;
-    const at::Tensor sums = at::empty(problem.grad_temperature.sizes(), shares.options());
-    cuda::sum_temperature_shares(params, per_head, sums.mutable_data_ptr<double>(), stream);
-    problem.grad_temperature.copy_(sums);
+    cuda::sum_temperature_shares(
+        params, per_head, kernel_dtype(problem.grad_temperature.scalar_type()), problem.grad_temperature.data_ptr(),
+        stream);
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {problem.grad_query, problem.grad_key, problem.grad_value, problem.grad_temperature};

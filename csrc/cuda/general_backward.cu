@@ -194,13 +194,14 @@ __global__ __launch_bounds__(threads) void grad_key_value_kernel(AttentionParams
 }
 
 /// One block for each sum: threads take shares in turn, then the first one adds up what they have.
+template <typename T>
 __global__ __launch_bounds__(threads) void sum_shares_kernel(
     const double* shares,
     int64_t batch,
     int64_t heads,
     int64_t shares_of_head,
     bool per_head,
-    double* gradient) {
+    T* gradient) {
   __shared__ double sums[threads];
   double sum = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -214,7 +215,7 @@ __global__ __launch_bounds__(threads) void sum_shares_kernel(
   __syncthreads();
   if (threadIdx.x > 0) return;
   for (int i = 1; i < threads; ++i) sum += sums[i];
-  gradient[blockIdx.x] = sum;
+  gradient[blockIdx.x] = static_cast<T>(sum);
 }
 
 } // namespace
@@ -241,11 +242,20 @@ void general_backward(const AttentionParams& params, void* workspace, cudaStream
   });
 }
 
-void sum_temperature_shares(const AttentionParams& params, bool per_head, double* gradient, cudaStream_t stream) {
+void sum_temperature_shares(
+    const AttentionParams& params,
+    bool per_head,
+    ScalarType dtype,
+    void* gradient,
+    cudaStream_t stream) {
   const unsigned sums = per_head ? static_cast<unsigned>(params.heads) : 1;
   if (sums == 0) return;
-  sum_shares_kernel<<<sums, threads, 0, stream>>>(
-      params.grad_temperature, params.batch, params.heads, ceil_div(params.queries, tile), per_head, gradient);
+  with_scalar_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    sum_shares_kernel<T><<<sums, threads, 0, stream>>>(
+        params.grad_temperature, params.batch, params.heads, ceil_div(params.queries, tile), per_head,
+        static_cast<T*>(gradient));
+  });
 }
 
 } // namespace wmha::cuda

@@ -93,14 +93,19 @@ __device__ int position_of(int row) {
 template <typename T, int dim, int threads, Order order = Order::plain>
 class RowCopy {
  public:
-  /// Position 0 comes from `data`, and so on; of each the first `features`, a multiple of 8, zeros behind them.
-  __device__ RowCopy(const HalfTile<T, dim>& tile, const T* data, int64_t stride, int features)
-      : position_(position_of<order>(threadIdx.x / width)),
-        part_(threadIdx.x % width),
-        features_(features),
-        to_(tile.address(threadIdx.x / width, part_)),
-        row_bytes_(stride * static_cast<int64_t>(sizeof(T))),
-        from_(reinterpret_cast<const char*>(data) + position_ * row_bytes_ + part_ * 16) {
+  /// Position 0 is position `first` of a head, and so on; of each the first `features`, a multiple of 8, zeros behind
+  /// them.
+  __device__ RowCopy(
+      const HalfTile<T, dim>& tile,
+      const InputView& view,
+      int64_t batch,
+      int64_t head,
+      int64_t first,
+      int64_t features)
+      : features_(static_cast<int>(features)),
+        to_(tile.address(threadIdx.x / width, part())),
+        row_bytes_(view.position_stride * static_cast<int64_t>(sizeof(T))),
+        from_(reinterpret_cast<const char*>(at<T>(view, batch, head, first)) + position() * row_bytes_ + part() * 16) {
     asm("" : "+r"(to_), "+l"(from_)); // kept, not computed again at each use
   }
 
@@ -113,9 +118,9 @@ class RowCopy {
     if (begin <= first && first + rows <= end && features_ == dim) {
       copy<rows>(from, target, [](int, int) { return true; });
     } else {
-      copy<rows>(from, target, [&](int row, int part) {
-        const int place = first + row + position_;
-        return begin <= place && place < end && (part + part_) * chunk < features_;
+      copy<rows>(from, target, [&](int row, int next) {
+        const int place = first + row + position();
+        return begin <= place && place < end && (next + part()) * chunk < features_;
       });
     }
   }
@@ -134,8 +139,10 @@ class RowCopy {
   }
 
   static constexpr int width = HalfTile<T, dim>::ordered; // chunks of a row at once
-  int position_;
-  int part_;
+  /// Of the thread's first chunk.
+  __device__ static int position() { return position_of<order>(threadIdx.x / width); }
+  __device__ static int part() { return threadIdx.x % width; }
+
   int features_;
   uint32_t to_;
   int64_t row_bytes_;
@@ -161,16 +168,18 @@ __device__ void round_rows(
   }
 }
 
-/// A warp stores positions [0, `positions`) of `rows` rows of a tile, from its row `first` on, in whole chunks; of each
-/// `features`.
+/// A warp stores `rows` rows of a tile, from its row `first_row` on, in whole chunks: positions [0, `positions`) of
+/// them, as positions `first` and after of a head; of each `features`.
 template <Order order, int rows, typename T, int dim>
 __device__ void store_rows(
     const HalfTile<T, dim>& tile,
-    int first,
+    int first_row,
+    const OutputView& view,
+    int64_t batch,
+    int64_t head,
+    int64_t first,
     int positions,
-    int features,
-    T* to,
-    int64_t stride) {
+    int64_t features) {
   constexpr int width = HalfTile<T, dim>::ordered; // chunks of a row at once
   const int part = threadIdx.x % width;
 #pragma unroll
@@ -178,12 +187,12 @@ __device__ void store_rows(
     const int row = step + threadIdx.x % 32 / width;
     const int position = position_of<order>(row);
     if (position >= positions) continue;
-    T* const target = to + position * stride;
+    T* const target = at<T>(view, batch, head, first + position);
 #pragma unroll
     for (int i = 0; i < dim / chunk; i += width) {
       if ((i + part) * chunk >= features) continue;
       *reinterpret_cast<uint4*>(target + (i + part) * chunk) =
-          *reinterpret_cast<const uint4*>(tile.data + HalfTile<T, dim>::offset(first + row, i + part));
+          *reinterpret_cast<const uint4*>(tile.data + HalfTile<T, dim>::offset(first_row + row, i + part));
     }
   }
 }

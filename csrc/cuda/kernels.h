@@ -61,8 +61,13 @@ void general_backward(const AttentionParams& params, void* workspace, cudaStream
 void tensor_core_grad_query(const AttentionParams& params, void* workspace, cudaStream_t stream);
 void tensor_core_grad_key_value(const AttentionParams& params, const void* workspace, cudaStream_t stream);
 
-/// gradient[h] (per_head) or gradient[0]: the sum of the heads' shares, in one order. A double.
-void sum_temperature_shares(const AttentionParams& params, bool per_head, double* gradient, cudaStream_t stream);
+/// gradient[h] (per_head) or gradient[0], of type `dtype`: the sum of the heads' shares, in one order.
+void sum_temperature_shares(
+    const AttentionParams& params,
+    bool per_head,
+    ScalarType dtype,
+    void* gradient,
+    cudaStream_t stream);
 
 /// Where dropout keeps a weight: data[head][i][j] for query first_query + i and key first_key + j.
 struct DropoutMask {

@@ -102,42 +102,28 @@ __global__ __launch_bounds__(threads) void forward_kernel(const __grid_constant_
   const int lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * B::warp_rows;
 
-  const auto blocks = static_cast<unsigned>(ceil_div(params.queries, B::query_rows));
-  const int64_t first_query = int64_t{blockIdx.x % blocks} * B::query_rows;
-  const unsigned batch_head = blockIdx.x / blocks;
-  const unsigned batch = batch_head / static_cast<unsigned>(params.heads);
-  const unsigned head = batch_head % static_cast<unsigned>(params.heads);
-  const int64_t kv_head = params.kv_head(head);
-  const int queries = static_cast<int>(min(params.queries - first_query, int64_t{B::query_rows}));
-  const Window window = params.window;
-  const Range keys = window.keys_of(Range{first_query, first_query + queries});
-  const int64_t first_key = keys.begin / group * group; // dropout's counters begin at multiples of 8
-  const Places block_keys(keys, first_key);
+  const QueryBlock<B::query_rows> block(params);
   const RowCopy<T, dim, threads> copy_keys(
-      key_tile, at<T>(params.key, batch, kv_head, first_key), params.key.position_stride,
-      static_cast<int>(params.key_dim));
+      key_tile, params.key, block.batch, block.kv_head, block.first_key, params.key_dim);
   const RowCopy<T, dim, threads> copy_values(
-      value_tile, at<T>(params.value, batch, kv_head, first_key), params.value.position_stride,
-      static_cast<int>(params.value_dim));
+      value_tile, params.value, block.batch, block.kv_head, block.first_key, params.value_dim);
   const auto copy = [&](int first, int to) {
-    copy_keys.template start<B::key_rows>(first, to, block_keys.begin, block_keys.end);
-    copy_values.template start<B::key_rows>(first, to, block_keys.begin, block_keys.end);
+    copy_keys.template start<B::key_rows>(first, to, block.keys.begin, block.keys.end);
+    copy_values.template start<B::key_rows>(first, to, block.keys.begin, block.keys.end);
   };
-  RowCopy<T, dim, threads>(
-      query_tile, at<T>(params.query, batch, head, first_query), params.query.position_stride,
-      static_cast<int>(params.key_dim))
-      .template start<B::query_rows>(0, 0, 0, queries);
+  RowCopy<T, dim, threads>(query_tile, params.query, block.batch, block.head, block.first, params.key_dim)
+      .template start<B::query_rows>(0, 0, 0, block.queries);
   copy(0, 0);
 
+  const int64_t first_query = block.first + warp_row; // the warp's
+  const int queries = max(min(block.queries - warp_row, B::warp_rows), 0);
   const LanePlace<T, dim> query_place = by_row(query_tile).after(warp_row);
   const LanePlace<T, dim> key_place = by_column(key_tile);
   const LanePlace<T, dim> value_place = by_row(value_tile);
-  const int warp_queries = max(min(queries - warp_row, B::warp_rows), 0);
-  const RowsSeen<B::lane_rows> seen(warp_queries, lane / 4, 8, [&](int row) {
-    return Places(window.keys_of(first_query + warp_row + row), first_key);
-  });
+  const RowsSeen<B::lane_rows> seen(
+      queries, lane / 4, 8, [&](int row) { return Places(params.window.keys_of(first_query + row), block.first_key); });
 
-  const ScoreTransform<float> transform(params, head);
+  const ScoreTransform<float> transform(params, block.head);
   const bool scales_first = transform.capped() || !(transform.factor > 0); // else with the exponential
   Softmax<B::lane_rows> softmax(scales_first ? 1 : transform.factor);
   Sums output[B::row_tiles][dim / 8] = {};
@@ -206,7 +192,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(const __grid_constant_
       }
     };
     if (params.dropout.enabled()) {
-      const HeadDropout dropout(params, batch_head);
+      const HeadDropout dropout(params, block.batch_head);
       // A counter's four words are for eight keys, of which each of four neighbouring lanes has two: each of them makes
       // the words of another tile or row.
 #pragma unroll
@@ -214,7 +200,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(const __grid_constant_
 #pragma unroll
         for (int m = 0; m < B::row_tiles; ++m) {
           PhiloxWords words = dropout.words(
-              first_key + first + 8 * (n + lane % 4 / 2), first_query + warp_row + 16 * m + lane / 4 + lane % 2 * 8);
+              block.first_key + first + 8 * (n + lane % 4 / 2), first_query + 16 * m + lane / 4 + lane % 2 * 8);
           transpose_in_fours<1>(words.word);
 #pragma unroll
           for (int t = 0; t < 4; ++t) {
@@ -241,7 +227,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(const __grid_constant_
     });
   };
 
-  for (int first = 0, stage = 0; first < block_keys.end; first += B::key_rows, stage ^= B::key_rows) {
+  for (int first = 0, stage = 0; first < block.keys.end; first += B::key_rows, stage ^= B::key_rows) {
     wait_for_copies();
     __syncthreads();
     if (B::keeps_query && first == 0) {
@@ -250,7 +236,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(const __grid_constant_
             [&](auto d) { query[m][d] = load_left(query_place.template at<16 * m, 16 * d>()); });
       });
     }
-    if (first + B::key_rows < block_keys.end) copy(first + B::key_rows, stage ^ B::key_rows);
+    if (first + B::key_rows < block.keys.end) copy(first + B::key_rows, stage ^ B::key_rows);
     for_each_group<B::key_rows>(
         seen, first, [&](int place, auto count, auto tests) { attend(first + place, stage + place, count, tests); });
   }
@@ -267,8 +253,8 @@ __global__ __launch_bounds__(threads) void forward_kernel(const __grid_constant_
     const bool sees_none = seen.row[i].end == seen.row[i].begin;
     normalizer[i] = sees_none ? 0 : static_cast<float>(params.dropout.inverse_keep) / sum;
     const int row = lane / 4 + 8 * i;
-    if (lane % 4 == 0 && row < warp_queries) {
-      static_cast<float*>(params.logsumexp)[batch_head * params.queries + first_query + warp_row + row] =
+    if (lane % 4 == 0 && row < queries) {
+      static_cast<float*>(params.logsumexp)[block.batch_head * params.queries + first_query + row] =
           sees_none ? -infinity<float>() : (log2f(sum) - softmax.minus_reference[i]) * static_cast<float>(ln_of_2);
     }
   }
@@ -278,8 +264,7 @@ __global__ __launch_bounds__(threads) void forward_kernel(const __grid_constant_
   }
   __syncwarp();
   store_rows<Order::plain, B::warp_rows>(
-      query_tile, warp_row, warp_queries, static_cast<int>(params.value_dim),
-      at<T>(params.output, batch, head, first_query + warp_row), params.output.position_stride);
+      query_tile, warp_row, params.output, block.batch, block.head, first_query, queries, params.value_dim);
 }
 
 template <typename T, int dim>

@@ -23,8 +23,6 @@ __global__ __launch_bounds__(
   const HalfTile<T, dim> grad_output_tile{shared + (2 * block_rows + 2 * columns) * dim};
   const int lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * warp_rows;
-  const int key_dim = static_cast<int>(params.key_dim);
-  const int value_dim = static_cast<int>(params.value_dim);
 
   const auto blocks = static_cast<unsigned>(ceil_div(params.keys(), block_rows));
   const int64_t first_key = int64_t{blockIdx.x % blocks} * block_rows;
@@ -37,11 +35,9 @@ __global__ __launch_bounds__(
   const Places block_queries(queries, queries.begin);
   if (block_queries.end > 0) { // else there may be nothing to load
     const Places seen_keys(window.keys_of(queries), first_key);
-    RowCopy<T, dim, threads, Order::pairs>(
-        key_tile, at<T>(params.key, batch, kv_head, first_key), params.key.position_stride, key_dim)
+    RowCopy<T, dim, threads, Order::pairs>(key_tile, params.key, batch, kv_head, first_key, params.key_dim)
         .template start<block_rows>(0, 0, max(seen_keys.begin, 0), min(seen_keys.end, keys));
-    RowCopy<T, dim, threads, Order::pairs>(
-        value_tile, at<T>(params.value, batch, kv_head, first_key), params.value.position_stride, value_dim)
+    RowCopy<T, dim, threads, Order::pairs>(value_tile, params.value, batch, kv_head, first_key, params.value_dim)
         .template start<block_rows>(0, 0, max(seen_keys.begin, 0), min(seen_keys.end, keys));
   }
 
@@ -69,11 +65,9 @@ __global__ __launch_bounds__(
       for (int i = 0; i < (of_key ? dim / 2 : 0); ++i) grad_key[i / 4].x[i / 2 % 2][i % 2] *= ratio;
     }
     transform = gradients.transform;
-    const RowCopy<T, dim, threads> copy_queries(
-        query_tile, at<T>(params.query, batch, head, queries.begin), params.query.position_stride, key_dim);
+    const RowCopy<T, dim, threads> copy_queries(query_tile, params.query, batch, head, queries.begin, params.key_dim);
     const RowCopy<T, dim, threads> copy_grad_outputs(
-        grad_output_tile, at<T>(params.grad_output, batch, head, queries.begin), params.grad_output.position_stride,
-        value_dim);
+        grad_output_tile, params.grad_output, batch, head, queries.begin, params.value_dim);
     const QueryConstants* const constants_of_head = query_constants + batch_head * params.queries + queries.begin;
     const auto copy = [&](int first, int to) {
       copy_queries.template start<columns>(first, to, 0, block_queries.end);
@@ -133,17 +127,16 @@ __global__ __launch_bounds__(
 
   wait_for_copies(); // of keys, where there is no head to do so
   __syncthreads();
-  const auto store = [&](const auto& sums, float factor, const OutputView& view, int features) {
+  const auto store = [&](const auto& sums, float factor, const OutputView& view, int64_t features) {
     round_rows(sums, factor, factor, key_tile, warp_row);
     __syncwarp();
     store_rows<Order::pairs, warp_rows>(
-        key_tile, warp_row, warp_keys, features, at<T>(view, batch, kv_head, first_key + warp_row),
-        view.position_stride);
+        key_tile, warp_row, view, batch, kv_head, first_key + warp_row, warp_keys, features);
     __syncwarp();
   };
-  if constexpr (of_key) store(grad_key, transform.gradient_factor, params.grad_key, key_dim);
+  if constexpr (of_key) store(grad_key, transform.gradient_factor, params.grad_key, params.key_dim);
   if constexpr (of_value) {
-    store(grad_value, static_cast<float>(params.dropout.inverse_keep), params.grad_value, value_dim);
+    store(grad_value, static_cast<float>(params.dropout.inverse_keep), params.grad_value, params.value_dim);
   }
 }
 

@@ -63,42 +63,26 @@ __global__ __launch_bounds__(
   const HalfTile<T, dim> value_tile{shared + (2 * block_rows + 2 * columns) * dim};
   const int lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * warp_rows;
-  const int key_dim = static_cast<int>(params.key_dim);
-  const int value_dim = static_cast<int>(params.value_dim);
-
-  const auto blocks = static_cast<unsigned>(ceil_div(params.queries, block_rows));
-  const int64_t first_query = int64_t{blockIdx.x % blocks} * block_rows;
-  const unsigned batch_head = blockIdx.x / blocks;
-  const unsigned batch = batch_head / static_cast<unsigned>(params.heads);
-  const unsigned head = batch_head % static_cast<unsigned>(params.heads);
-  const int64_t kv_head = params.kv_head(head);
-  const int queries = static_cast<int>(min(params.queries - first_query, int64_t{block_rows}));
-  const Window window = params.window;
-  const Range keys = window.keys_of(Range{first_query, first_query + queries});
-  const int64_t first_key = keys.begin / group * group; // dropout's counters begin at multiples of 8
-  const Places block_keys(keys, first_key);
+  const QueryBlock<block_rows> block(params);
   const RowCopy<T, dim, threads> copy_keys(
-      key_tile, at<T>(params.key, batch, kv_head, first_key), params.key.position_stride, key_dim);
+      key_tile, params.key, block.batch, block.kv_head, block.first_key, params.key_dim);
   const RowCopy<T, dim, threads> copy_values(
-      value_tile, at<T>(params.value, batch, kv_head, first_key), params.value.position_stride, value_dim);
+      value_tile, params.value, block.batch, block.kv_head, block.first_key, params.value_dim);
   const auto copy = [&](int first, int to) {
-    copy_keys.template start<columns>(first, to, block_keys.begin, block_keys.end);
-    copy_values.template start<columns>(first, to, block_keys.begin, block_keys.end);
+    copy_keys.template start<columns>(first, to, block.keys.begin, block.keys.end);
+    copy_values.template start<columns>(first, to, block.keys.begin, block.keys.end);
   };
-  RowCopy<T, dim, threads>(
-      query_tile, at<T>(params.query, batch, head, first_query), params.query.position_stride, key_dim)
-      .template start<block_rows>(0, 0, 0, queries);
-  RowCopy<T, dim, threads>(
-      grad_output_tile, at<T>(params.grad_output, batch, head, first_query), params.grad_output.position_stride,
-      value_dim)
-      .template start<block_rows>(0, 0, 0, queries);
+  RowCopy<T, dim, threads>(query_tile, params.query, block.batch, block.head, block.first, params.key_dim)
+      .template start<block_rows>(0, 0, 0, block.queries);
+  RowCopy<T, dim, threads>(grad_output_tile, params.grad_output, block.batch, block.head, block.first, params.value_dim)
+      .template start<block_rows>(0, 0, 0, block.queries);
   copy(0, 0);
 
-  const int warp_queries = max(min(queries - warp_row, warp_rows), 0);
-  const RowsSeen<2> seen(warp_queries, lane / 4, 8, [&](int row) {
-    return Places(window.keys_of(first_query + warp_row + row), first_key);
-  });
-  PairGradients<T, true> gradients(params, head, batch_head);
+  const int64_t first_query = block.first + warp_row; // the warp's
+  const int queries = max(min(block.queries - warp_row, warp_rows), 0);
+  const RowsSeen<2> seen(
+      queries, lane / 4, 8, [&](int row) { return Places(params.window.keys_of(first_query + row), block.first_key); });
+  PairGradients<T, true> gradients(params, block.head, block.batch_head);
   OwnRows<T, dim, kept> query(by_row(query_tile).after(warp_row));
   OwnRows<T, dim, kept> grad_output(by_row(grad_output_tile).after(warp_row));
   const LanePlace<T, dim> key_place = by_column(key_tile);
@@ -109,14 +93,14 @@ __global__ __launch_bounds__(
   wait_for_copies();
   __syncthreads();
   const float2 products = row_products(
-      grad_output_tile, warp_row, at<const T>(params.output, batch, head, first_query + warp_row),
-      params.output.position_stride, warp_queries, value_dim);
+      grad_output_tile, warp_row, at<const T>(params.output, block.batch, block.head, first_query),
+      params.output.position_stride, queries, static_cast<int>(params.value_dim));
   QueryConstants constants[2] = {{0, 0}, {0, 0}};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = lane / 4 + 8 * i;
-    if (row >= warp_queries) continue;
-    const int64_t index = batch_head * params.queries + first_query + warp_row + row;
+    if (row >= queries) continue;
+    const int64_t index = block.batch_head * params.queries + first_query + row;
     const float logsumexp = static_cast<const float*>(params.logsumexp)[index];
     float delta = i == 0 ? products.x : products.y;
     if (params.grad_logsumexp != nullptr) delta -= static_cast<const float*>(params.grad_logsumexp)[index];
@@ -140,8 +124,8 @@ __global__ __launch_bounds__(
         [&](int n, int i, int j) { return seen.row[i].holds(first + 8 * n + lane % 4 * 2 + j); },
         [&](const HeadDropout& dropout, int n) {
           // Each of four neighbouring lanes makes the words of another tile or row.
-          PhiloxWords words = dropout.words(
-              first_key + first + 8 * (n + lane % 4 / 2), first_query + warp_row + lane / 4 + lane % 2 * 8);
+          PhiloxWords words =
+              dropout.words(block.first_key + first + 8 * (n + lane % 4 / 2), first_query + lane / 4 + lane % 2 * 8);
           transpose_in_fours<1>(words.word);
           return words;
         },
@@ -149,10 +133,10 @@ __global__ __launch_bounds__(
     add_product(grad_product, key_row_place.after(place), grad_query);
   };
 
-  for (int first = 0, stage = 0; first < block_keys.end; first += columns, stage ^= columns) {
+  for (int first = 0, stage = 0; first < block.keys.end; first += columns, stage ^= columns) {
     wait_for_copies();
     __syncthreads();
-    if (first + columns < block_keys.end) copy(first + columns, stage ^ columns);
+    if (first + columns < block.keys.end) copy(first + columns, stage ^ columns);
     for_each_group<columns>(
         seen, first, [&](int column, auto count, auto tests) { attend(first + column, stage + column, count, tests); });
   }
@@ -163,8 +147,7 @@ __global__ __launch_bounds__(
   round_rows(grad_query, factor, factor, query_tile, warp_row);
   __syncwarp();
   store_rows<Order::plain, warp_rows>(
-      query_tile, warp_row, warp_queries, key_dim, at<T>(params.grad_query, batch, head, first_query + warp_row),
-      params.grad_query.position_stride);
+      query_tile, warp_row, params.grad_query, block.batch, block.head, first_query, queries, params.key_dim);
 
   if (params.grad_temperature == nullptr) return;
   __shared__ double sums[warps];

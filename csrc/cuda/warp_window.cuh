@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../window.h"
+#include "../params.h"
 #include "tensor_core.cuh"
 
 namespace wmha::cuda {
@@ -25,6 +25,34 @@ struct Places {
   /// Those of another lane.
   __device__ Places of_lane(int lane) const {
     return {__shfl_sync(all_lanes, begin, lane), __shfl_sync(all_lanes, end, lane)};
+  }
+};
+
+constexpr int group = 16; // positions that are taken at once at the window's edges
+
+/// What a block of threads is for, where it has up to `rows` queries of one head.
+template <int rows>
+struct QueryBlock {
+  int64_t first; // query
+  int queries;
+  unsigned batch_head;
+  unsigned batch;
+  unsigned head;
+  int64_t kv_head;
+  int64_t first_key; // to which places of keys are relative; dropout's counters begin at multiples of 8
+  Places keys;       // that at least one of the queries sees
+
+  __device__ explicit QueryBlock(const AttentionParams& params) {
+    const auto blocks = static_cast<unsigned>(ceil_div(params.queries, rows));
+    first = int64_t{blockIdx.x % blocks} * rows;
+    queries = static_cast<int>(min(params.queries - first, int64_t{rows}));
+    batch_head = blockIdx.x / blocks;
+    batch = batch_head / static_cast<unsigned>(params.heads);
+    head = batch_head % static_cast<unsigned>(params.heads);
+    kv_head = params.kv_head(head);
+    const Range seen = params.window.keys_of(Range{first, first + queries});
+    first_key = seen.begin / group * group;
+    keys = Places(seen, first_key);
   }
 };
 
@@ -50,8 +78,6 @@ struct RowsSeen {
     for (int i = 0; i < lane_rows; ++i) row[i] = own.of_lane(first_row + i * step);
   }
 };
-
-constexpr int group = 16; // positions that are taken at once at the window's edges
 
 /// Calls attend(place, groups, tests) for what the rows see of the positions [first, first + tile): for all of them at
 /// once, without tests, if every row sees every one, else for each group of 16 of which some row sees one.
