@@ -23,6 +23,8 @@ constexpr int block_rows = warps * warp_rows;
 /// Columns of a tile, of which two are in shared memory at a time, beside the block's own rows: less than the 99 KB
 /// that every device has.
 constexpr int tile_columns(int dim) { return dim <= 64 ? 64 : dim <= 192 ? 32 : 16; }
+template <typename T, int dim>
+constexpr int shared_bytes = (2 * block_rows + 4 * tile_columns(dim)) * dim * int{sizeof(T)};
 
 /// Minus logsumexp, in units of log 2, and minus delta = <dO, O> - dlse of a query. Zeros if it sees no key.
 struct alignas(8) QueryConstants {

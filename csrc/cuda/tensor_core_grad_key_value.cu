@@ -142,7 +142,7 @@ __global__ __launch_bounds__(
 
 template <typename T, int dim, bool of_key, bool of_value>
 void launch(const AttentionParams& params, const QueryConstants* constants, cudaStream_t stream) {
-  constexpr int bytes = (2 * block_rows + 4 * tile_columns(dim)) * dim * sizeof(T);
+  constexpr int bytes = shared_bytes<T, dim>;
   const int64_t tasks = params.batch * params.kv_heads * ceil_div(params.keys(), block_rows);
   if (tasks == 0) return;
   const auto kernel = grad_key_value_kernel<T, dim, of_key, of_value>;

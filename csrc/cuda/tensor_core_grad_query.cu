@@ -164,7 +164,7 @@ __global__ __launch_bounds__(
 
 template <typename T, int dim>
 void launch(const AttentionParams& params, QueryConstants* constants, cudaStream_t stream) {
-  constexpr int bytes = (2 * block_rows + 4 * tile_columns(dim)) * dim * sizeof(T);
+  constexpr int bytes = shared_bytes<T, dim>;
   const int64_t tasks = params.batch * params.heads * ceil_div(params.queries, block_rows);
   if (tasks == 0) return;
   cudaFuncSetAttribute(grad_query_kernel<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
