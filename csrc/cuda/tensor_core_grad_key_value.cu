@@ -10,8 +10,9 @@ namespace {
 using namespace gradients;
 
 template <typename T, int dim, bool of_key, bool of_value>
-__global__ __launch_bounds__(
-    threads) void grad_key_value_kernel(AttentionParams params, const QueryConstants* query_constants) {
+__global__ __launch_bounds__(threads) void grad_key_value_kernel(
+    const __grid_constant__ AttentionParams params,
+    const QueryConstants* query_constants) {
   constexpr bool kept = dim <= 32; // own rows in registers; the sums take most of them
   constexpr int columns = tile_columns(dim);
   extern __shared__ __align__(128) unsigned char memory[];
