@@ -18,60 +18,61 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import json
-import pathlib
+import math
 import platform
-import subprocess
 import sys
 import time
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+import command
 import demo_compare
-import demo_export
+import demo_cpp
 import demo_options
-import demo_text
-from demo_model import LanguageModel, generate
-from demo_training import Trainer, bits_per_byte, is_bf16_faster
+import text
+from language_model import generate
 from machine import processor
+from processes import Processes
+from training import Diverged, Training
+from training_config import Config
 
-SHORTEST = 64  # bytes of text with which anything can be shown
-VALIDATE_AT = (0.03, 0.1, 0.2, 0.4, 0.7)  # of the training, for the learning curve
+VALIDATE_AT = (0.03, 0.1, 0.2, 0.4, 0.7, 1)  # of the training, for the learning curve
 
 
-def train(model: LanguageModel, text: Tensor, validation: Tensor, args: argparse.Namespace):
-    """-> bits per byte of each training step, and [(steps, bits per byte of the validation text)]."""
-    generator = torch.Generator().manual_seed(args.seed)
-    trainer = Trainer(model, args.lr, args.dtype == "bf16")
-    losses, points, spent = [], [(0, bits_per_byte(model, validation))], 0.0
-    validate_at = list(VALIDATE_AT)
-    model.train()
-    with tqdm(total=args.steps, unit="step", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
-        while len(losses) < args.steps and spent < args.seconds:
-            start = time.perf_counter()
-            progress = max(len(losses) / args.steps, spent / args.seconds)
-            first = torch.randint(len(text) - args.length, (args.batch, 1), generator=generator)
-            losses.append(trainer.step(text[first + torch.arange(args.length + 1)].to(args.device), progress))
-            if validate_at and progress >= validate_at[0]:
+def train(training: Training, seconds: float) -> tuple[list[float], list[tuple[int, float]]]:
+    """-> bits per byte of each training step, and [(steps, bits per byte of the validation text)].
+
+    The learning rate falls with the steps: they become as many as fit into the seconds at the pace so far.
+    """
+    optimizer = training.config.optimizer
+    most = optimizer.steps
+    training.validate()
+    losses, points, validate_at = [], [(0, training.validation_loss)], list(VALIDATE_AT)
+    start = time.perf_counter()
+    with tqdm(total=most, unit="step", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+        while not training.finished:
+            losses.append(training.step().loss)
+            left = max(0, seconds - (time.perf_counter() - start))
+            fit = training.steps + left / (training.seconds / training.steps)
+            optimizer.steps = bar.total = math.ceil(min(most, fit))
+            optimizer.warm_up = int(demo_options.WARM_UP * optimizer.steps)
+            if training.steps >= validate_at[0] * optimizer.steps:
                 del validate_at[0]
-                points.append((len(losses), bits_per_byte(model, validation)))
+                training.validate()
+                points.append((training.steps, training.validation_loss))
             bar.set_postfix_str(f"{losses[-1]:.2f} bits per byte, validation {points[-1][1]:.2f}", refresh=False)
             bar.update()
-            spent += time.perf_counter() - start
-    points.append((len(losses), bits_per_byte(model, validation)))
     return losses, points
 
 
-def compare(args: argparse.Namespace) -> dict[str, list[demo_compare.Step]]:
-    shape = model_shape(args)
-    difference = demo_compare.largest_difference(shape, 300, args.device)
+def compare(config: Config, args: argparse.Namespace) -> dict[str, list[demo_compare.Step]]:
+    difference = demo_compare.largest_difference(config, 300, args.device)
     print(f"  same weights, without dropout: logits and gradients differ by {difference:.1g} of the largest")
     with tqdm(total=0, bar_format="  {desc}", leave=False, disable=None) as line:
         results = demo_compare.measure(
-            shape, args.dropout, args.compare_lengths, args.compare_seconds,
-            {"device": args.device, "threads": args.threads, "bf16": args.dtype == "bf16"}, line.set_description_str,
-        )  # fmt: skip
+            config, args.compare_lengths, args.compare_seconds, args.device, line.set_description_str
+        )
     for name, steps in results.items():
         print(f"  {name}")
         for step in steps:
@@ -88,24 +89,6 @@ def compare(args: argparse.Namespace) -> dict[str, list[demo_compare.Step]]:
     return results
 
 
-def model_shape(args: argparse.Namespace) -> dict[str, int]:
-    return {"layers": args.layers, "dim": args.dim, "heads": args.heads, "window": args.window}
-
-
-def leave_python(model: LanguageModel, tokens: Tensor, folder: pathlib.Path) -> bool:
-    """Saves the model in both forms and has the C++ program compare them with Python; did all agree?"""
-    files = [folder / "model.pt", folder / "model.pt2", folder / "example.pt"]
-    log = folder / "cpp_build.log"
-    with demo_export.building(folder / "cpp_build", log) as build:
-        demo_export.save(model, tokens, *files)
-        if build.wait() != 0:
-            print(f"  building the C++ program failed; see {log}")
-            return False
-    app = subprocess.run([folder / "cpp_build" / "cpp_app", *files], text=True, capture_output=True)
-    print("  " + (app.stdout + app.stderr).strip().replace("\n", "\n  "))
-    return app.returncode == 0
-
-
 class Stages:
     """Headings with the time that has passed."""
 
@@ -116,50 +99,41 @@ class Stages:
         print(f"\n[{time.perf_counter() - self.start:3.0f} s] {text}", flush=True)
 
 
-def run(parser: demo_options.Parser, args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     stage = Stages()
-    torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     if args.dtype == "auto":
-        args.dtype = "bf16" if is_bf16_faster(args.device) else "fp32"
-
-    try:
-        text, validation = demo_text.load(args.text, args.validation)
-    except OSError as error:
-        parser.error(f"--text {args.text}: {error.strerror}")
-    if len(text) <= args.length or len(validation) < SHORTEST:
-        found = f"{len(text):,} bytes to train on and {len(validation):,} to validate on"
-        parser.error(
-            f"too little text for --length {args.length}: {found}; wanted are more than --length, and {SHORTEST}"
-        )
-    stage(f"Training on {len(text):,} bytes, {'of the standard library' if args.text is None else args.text}")
-    baselines = demo_text.baselines(text, validation)
-    model = LanguageModel(**model_shape(args), dropout=args.dropout).to(args.device)
-    validation = validation.to(args.device)
+        args.dtype = "bf16" if demo_options.is_bf16_faster(args.device) else "fp32"
+    config = demo_options.configuration(args)
+    training_text, validation = text.load([str(args.text)] if args.text else [], args.length, args.validation)
+    stage(f"Training on {len(training_text):,} bytes, {args.text or 'of the standard library'}")
+    baselines = text.baselines(training_text, validation)
+    training = Training(config, training_text, validation, Processes(args.device))
+    model = training.model
     parameters = sum(p.numel() for p in model.parameters())
     print(f"  {parameters:,} parameters, window {args.window}, {args.dtype}, {args.threads} threads")
-    losses, points = train(model, text, validation, args)
+    losses, points = train(training, args.seconds)
     print(f"  bits per byte of {len(validation):,} bytes of files it has not seen")
     for name, value in {"before training": points[0][1], **baselines, "after training": points[-1][1]}.items():
         print(f"    {name:18} {value:5.2f}")
 
     stage("Time and peak memory of a training step, beside scaled_dot_product_attention with a window mask")
-    results = compare(args)
+    results = compare(config, args)
 
     stage("Leaving Python: TorchScript, AOTInductor, and a C++ program that loads both")
-    model = model.cpu()
-    tokens = validation[None, :300].cpu()
-    agrees = leave_python(model, tokens, args.out)
+    model.cpu()
+    agrees = demo_cpp.leave_python(model, validation[None, :300].long(), args.out)
     print("  C++ gets the same numbers as Python" if agrees else "  C++ DIFFERS from Python")
 
     stage("Pictures, and a sample")
     import demo_plots  # late: matplotlib takes a while, and the measuring processes import this file
+    import plots
 
-    demo_plots.learning(args.out / "learning.png", losses, args.batch * args.length, points, baselines)
+    plots.learning(args.out / "learning.png", losses, args.batch * args.length, points, baselines)
     demo_plots.cost(args.out / "cost.png", results, args.window, f"{args.dtype}, {args.threads} threads, one sequence")
-    demo_plots.attention(args.out / "attention.png", model, validation[: 2 * args.window].cpu(), args.window)
+    demo_plots.attention(args.out / "attention.png", model, validation[: 2 * args.window], args.window)
     generator = torch.Generator().manual_seed(args.seed)
-    sample = generate(model, b"\0class ", args.sample, args.layers * args.window, generator)[1:]
+    sample = generate(model, b"\0class ", args.sample, generator)[1:]
     sample = sample.decode(errors="replace")
     (args.out / "sample.txt").write_text(sample)
     print("  | " + sample.replace("\n", "\n  | "))
@@ -192,14 +166,11 @@ def run(parser: demo_options.Parser, args: argparse.Namespace) -> int:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return run(*demo_options.parse(__doc__))
-    except KeyboardInterrupt:
-        print("\ndemo.py: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return run(demo_options.parse(__doc__))
+    except Diverged as error:
+        print(f"demo.py: {error}; a lower --lr may help", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("demo.py", main)

@@ -6,17 +6,47 @@ a busy moment of the machine hits all of them.
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from demo_model import LanguageModel, MaskedAttention, WindowAttention
-from demo_training import Trainer
+from language_model import LanguageModel
+from processes import Processes
+from training import Training
+from training_config import Config
+from wmha.nn import MultiheadAttention
 
-ATTENTIONS = {"wmha": WindowAttention, "SDPA with a mask": MaskedAttention}
+
+class MaskedAttention(MultiheadAttention):
+    """The same numbers from PyTorch's own attention, which takes a window as a mask of N x N booleans."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (self.num_heads, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (project(x).unflatten(-1, heads).transpose(1, 2) for project in projections)
+        query = query / self.log_temperature.exp()[:, None, None]
+        mask = window_mask(x.size(1), self.window[0], x.device)
+        dropout = self.dropout if self.training else 0.0
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(output.transpose(1, 2).flatten(2))
+
+
+@functools.lru_cache(maxsize=1)  # as a careful user would: one mask for all layers and steps
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    back = position[:, None] - position
+    return (back >= 0) & (back <= window)
+
+
+ATTENTIONS = {"wmha": MultiheadAttention, "SDPA with a mask": MaskedAttention}
 WARM_UP_LENGTH = 16
 MEMORY_SHARE = 0.5  # of what is free: a step expected to need more is left out
 PATIENCE = 0.25  # of the whole time: a step expected to take longer is left out
@@ -44,14 +74,14 @@ class Step:
     mebibytes: float  # peak above what model, gradients and optimiser hold between steps
 
 
-def measure(
-    shape: dict, dropout: float, lengths: list[int], seconds: float, where: dict, tell: Callable
-) -> dict[str, list[Step]]:
+def measure(config: Config, lengths: list[int], seconds: float, device: str, tell: Callable) -> dict[str, list[Step]]:
     """The steps of each variant, by name, up to the lengths that memory and patience allow."""
+    dropout = config.model.attention_dropout
     variants = [Variant(attention, p) for p in dict.fromkeys((dropout, 0.0)) for attention in ATTENTIONS]
     results: dict[str, list[Step]] = {variant.name: [] for variant in variants}
+    start_server()
     with contextlib.ExitStack() as stack:
-        workers = {v.name: stack.enter_context(worker(v, shape, where)) for v in variants}
+        workers = {v.name: stack.enter_context(worker(v, config, device)) for v in variants}
         for connection in workers.values():
             ask(connection, WARM_UP_LENGTH)  # answered when the process has begun
         start = time.perf_counter()
@@ -95,13 +125,20 @@ def free_mebibytes() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**21  # half of all
 
 
+def start_server() -> None:
+    """Starts what workers are forked from. It doesn't hear Ctrl-C, which is for this process: it ends the workers."""
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])  # seconds for each worker otherwise
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, handler)
+
+
 @contextlib.contextmanager
-def worker(variant: Variant, shape: dict, where: dict) -> Iterator:
+def worker(variant: Variant, config: Config, device: str) -> Iterator:
     """A connection that takes a length and answers (seconds, mebibytes) of a training step."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo"])  # seconds for each worker otherwise
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, variant, shape), kwargs=where, daemon=True)
+    process = context.Process(target=serve, args=(there, variant, config, device), daemon=True)
     process.start()
     there.close()
     try:
@@ -119,21 +156,35 @@ def ask(connection, length: int) -> tuple[float, float] | None:
         return connection.recv()
 
 
-def serve(connection, variant: Variant, shape: dict, device: str, threads: int, bf16: bool) -> None:
+def serve(connection, variant: Variant, config: Config, device: str) -> None:
     """The worker's side: trains on random bytes until nobody asks any more."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = LanguageModel(**shape, dropout=variant.dropout, attention=ATTENTIONS[variant.attention]).to(device)
-    trainer = Trainer(model, bf16=bf16)
-    trainer.step(torch.randint(256, (1, WARM_UP_LENGTH + 1), device=device), 0.5)
+    torch.set_num_threads(config.training.threads)
+    config.model.attention_dropout = variant.dropout
+    config.data.batch_size = 1
+    training = Training(config, torch.empty(0), torch.empty(0), Processes(device))
+    attend_with(ATTENTIONS[variant.attention], training.model)
+    step(training, WARM_UP_LENGTH)
     before = memory(device)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            tokens = torch.randint(256, (1, connection.recv() + 1), device=device)
-            start = time.perf_counter()
-            trainer.step(tokens, 0.5)  # waits for the device, to return the loss
-            seconds = time.perf_counter() - start
+            seconds = step(training, connection.recv())
             connection.send((seconds, peak_memory(device) - before))
+
+
+def attend_with(attention: type[MultiheadAttention], model: LanguageModel) -> None:
+    """The model's attention becomes one of this class, with the same parameters, which an optimizer may hold."""
+    for layer in model.stack.layers:
+        layer.self_attn.__class__ = attention
+
+
+def step(training: Training, length: int) -> float:
+    """The seconds of a training step on `length` random bytes."""
+    training.config.data.length = length
+    training.text = torch.randint(256, (length + 1,), dtype=torch.uint8)
+    start = time.perf_counter()
+    training.step()
+    training.model.embedding.weight[0, 0].item()  # waits for the device
+    return time.perf_counter() - start
 
 
 def memory(device: str) -> float:
@@ -155,17 +206,18 @@ def status(field: str) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
-def largest_difference(shape: dict, length: int, device: str) -> float:
+def largest_difference(config: Config, length: int, device: str) -> float:
     """Of the logits and of all gradients of both models with the same weights, relative to the largest number."""
     torch.manual_seed(0)
-    models = [LanguageModel(**shape, dropout=0.0, attention=attention).to(device) for attention in ATTENTIONS.values()]
+    model = LanguageModel(**dict(config.model)).to(device).eval()
     with torch.no_grad():
-        for parameter in models[0].parameters():
+        for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))  # none is zero, no two heads are alike
-    models[1].load_state_dict(models[0].state_dict())
     tokens = torch.randint(256, (1, length), device=device)
     numbers = []
-    for model in models:
+    for attention in ATTENTIONS.values():
+        attend_with(attention, model)
+        model.zero_grad()
         logits = model(tokens)
         logits.square().mean().backward()
         numbers.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])

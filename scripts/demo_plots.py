@@ -1,59 +1,16 @@
-"""The demo's pictures. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
+"""The demo's pictures."""
 
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import matplotlib.ticker
-import numpy as np
 import torch
 from torch import Tensor
 
 import wmha
 from demo_compare import Step
-from demo_model import LanguageModel
-
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-plt.rcParams.update(
-    {
-        "figure.dpi": 110,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "font.size": 10,
-    }
-)
-
-
-def learning(
-    file: pathlib.Path, losses: list[float], step_bytes: int, points: list[tuple[int, float]], lines: dict[str, float]
-) -> None:
-    """Bits per byte over the bytes read: each step's, the validation text's at some steps, and what others need."""
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    megabytes = step_bytes / 1e6
-    smooth = np.convolve(np.pad(losses, 10, mode="edge"), np.ones(21) / 21, mode="valid")
-    read = (np.arange(len(losses)) + 1) * megabytes
-    axes.plot(read, smooth, color=BLUE, alpha=0.4, label="text it trains on, smoothed")
-    steps, values = zip(*points, strict=True)
-    axes.plot(np.array(steps) * megabytes, values, "o-", color=BLUE, label="text it has not seen")
-    for value in lines.values():
-        axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-    height = -np.inf
-    for value, name in sorted((value, name) for name, value in {**lines, "this model": values[-1]}.items()):
-        height = max(value, height + 0.32)  # a line of text, so that names don't overlap
-        color = BLUE if name == "this model" else GREY
-        axes.annotate(f"{name}: {value:.2f}", (1, height), (6, 0), ("axes fraction", "data"), "offset points",
-                      va="center", color=color)  # fmt: skip
-    axes.set(xlim=(0, len(losses) * megabytes), ylim=(0, 8.2))
-    axes.set(xlabel="bytes read in training, in millions", ylabel="bits per byte (less is better)")
-    axes.set_title("Learning to predict the next byte of a text")
-    axes.legend(loc="upper right", frameon=False)
-    finish(figure, file)
+from language_model import LanguageModel
+from plots import BLUE, VERMILION, finish
 
 
 def cost(file: pathlib.Path, results: dict[str, list[Step]], window: int, subtitle: str) -> None:
@@ -91,14 +48,15 @@ def attention_of(model: LanguageModel, text: Tensor) -> tuple[Tensor, Tensor]:
     weights, temperatures = [], []
 
     def look(attention, inputs):
-        query, key, _ = attention.project(*inputs)
+        heads = (attention.num_heads, attention.head_dim)
+        projections = (attention.q_proj, attention.k_proj)
+        query, key = (project(*inputs).unflatten(-1, heads).transpose(1, 2) for project in projections)
         temperatures.append(attention.log_temperature.exp())
-        window = (attention.window, 0)
-        weights.append(wmha.attention_weights(query, key, window=window, temperature=temperatures[-1])[0])
+        weights.append(wmha.attention_weights(query, key, window=attention.window, temperature=temperatures[-1])[0])
 
-    hooks = [block.attention.register_forward_pre_hook(look) for block in model.blocks]
+    hooks = [layer.self_attn.register_forward_pre_hook(look) for layer in model.stack.layers]
     model.eval()
-    model(text[None])
+    model(text[None].long())
     for hook in hooks:
         hook.remove()
     return torch.stack(weights).cpu(), torch.stack(temperatures).cpu()
@@ -151,8 +109,3 @@ def draw_text(axes, text: Tensor, weights: Tensor, window: int, columns: int = 2
     axes.add_patch(plt.Rectangle((column, row), 1, 1, facecolor="none", edgecolor=VERMILION, linewidth=1.5))
     axes.set(xlim=(0, columns), ylim=(row + 1, 0))
     axes.axis("off")
-
-
-def finish(figure, file: pathlib.Path) -> None:
-    figure.savefig(file)
-    plt.close(figure)

@@ -2,6 +2,8 @@
 """Does everything on a fresh machine that has Python and a C++ compiler.
 
     python3 scripts/dev.py demo       train, measure and export a small model; see demo --help
+    python3 scripts/dev.py train      train a language model of wmha's layers; see train --help
+    python3 scripts/dev.py tune       search good hyper-parameters for it; see tune --help
     python3 scripts/dev.py test       build and run all tests; further arguments go to pytest
     python3 scripts/dev.py lint       formatting and static checks
     python3 scripts/dev.py bench      speed against other attention operators; see bench --help
@@ -34,7 +36,8 @@ JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count())
 SOURCES = (".cpp", ".h", ".cu", ".cuh", ".py")
 BUILD_PACKAGES = [f"torch=={TORCH}", "numpy", "setuptools>=77", "wheel", "cmake>=3.24", "ninja"]
 TEST_PACKAGES = ["pytest", "expecttest"]
-DEMO_PACKAGES = ["matplotlib", "tqdm"]
+SCRIPT_PACKAGES = ["matplotlib", "tqdm"]
+TRAINING_PACKAGES = ["pydantic>=2", "tomlkit", "tensorboard", "optuna>=5,<6", "scipy"]  # scipy: for optuna's samplers
 LINT_PACKAGES = ["ruff==0.17.6", "clang-format==23.1.5", "clang-tidy==23.1.4"]
 
 
@@ -42,13 +45,16 @@ def run(*command: object, **options: object) -> None:
     """Runs a command in the virtual environment; ends the program if it fails."""
     words = [str(word) for word in command]
     print("+", " ".join(words), flush=True)
-    path = f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, **options.pop("environment", {})}
+    environment = {**os.environ, "PATH": search_path(), **options.pop("environment", {})}
     start = time.monotonic()
     code = subprocess.run(words, cwd=ROOT, env=environment, **options).returncode
     print(f"  {time.monotonic() - start:.0f} s", flush=True)
     if code != 0:
         sys.exit(f"dev.py: `{' '.join(words[:4])} …` failed with exit status {code}")
+
+
+def search_path() -> str:
+    return f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
 
 def fingerprint(*parts: object) -> str:
@@ -116,7 +122,7 @@ def googletest() -> list[str]:
 
 def test(arguments: list[str]) -> None:
     install_wmha()
-    install(*TEST_PACKAGES)
+    install(*TEST_PACKAGES, *SCRIPT_PACKAGES, *TRAINING_PACKAGES)
     cmake_build(BUILD / "tests", "-DWMHA_TESTS=ON", *googletest())
     run("ctest", "--test-dir", BUILD / "tests", "--output-on-failure", "--parallel", JOBS)
     prefix = subprocess.check_output([PYTHON, "-c", "import wmha; print(wmha.cmake_prefix_path)"], text=True).strip()
@@ -153,12 +159,12 @@ def sanitize(_: list[str]) -> None:
 
 def script(name: str) -> Callable[[list[str]], None]:
     def command(arguments: list[str]) -> None:
-        if not (ROOT / "scripts" / name).exists():
-            print(f"dev.py: this version has no scripts/{name} yet", file=sys.stderr)
-            sys.exit(2)
         install_wmha()
-        install(*DEMO_PACKAGES)
-        run(PYTHON, ROOT / "scripts" / name, *arguments)
+        install(*SCRIPT_PACKAGES, *TRAINING_PACKAGES)
+        words = [str(PYTHON), str(ROOT / "scripts" / name), *arguments]
+        print("+", " ".join(words), flush=True)
+        # In place of this process: the script's exit status is the command's, and Ctrl-C is the script's to handle.
+        os.execve(PYTHON, words, {**os.environ, "PATH": search_path()})
 
     return command
 
@@ -170,6 +176,8 @@ def clean(_: list[str]) -> None:
 
 COMMANDS = {
     "demo": script("demo.py"),
+    "train": script("train.py"),
+    "tune": script("tune.py"),
     "test": test,
     "lint": lint,
     "bench": script("benchmark.py"),

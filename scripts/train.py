@@ -1,0 +1,191 @@
+"""Trains a language model of wmha's layers on bytes of text.
+
+Every hyper-parameter is a key of a configuration file and an option here, which wins. The folder --out gets
+config.toml (all keys), metrics.csv and tensorboard/, learning.png, best.pt (the model that did best on the validation
+text), checkpoint.pt (what --resume continues from, exactly) and, with --export, model.pt (TorchScript) and model.pt2
+(AOTInductor). Ctrl-C saves before it ends.
+
+    python scripts/train.py --config my.toml --data texts/ --num-heads 8 --learning-rate 2e-3
+    python scripts/train.py --resume
+    torchrun --nproc-per-node 2 scripts/train.py
+"""
+
+# ruff: noqa: E402  (imports below what has to come first)
+import os
+import signal
+
+# The imports take seconds: Ctrl-C ends them without a traceback. main() puts a handler of its own in place.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Read when OpenMP is loaded, with torch. Threads that wait would otherwise spin, and where other programs run as well,
+# as on a shared machine, a step would take many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import pathlib
+import sys
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import command
+import export
+import metrics
+import text
+import training_config
+from command import InputError
+from processes import Processes
+from training import Diverged, Training
+from training_config import Config
+
+
+def options() -> argparse.Namespace:
+    parser = command.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=pathlib.Path, help="a configuration file; what it leaves out has the default")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("wmha-train"), help="folder of the run (default: %(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its own configuration")
+    parser.add_argument("--export", action="store_true", help="write the best model as model.pt and model.pt2, too")
+    training_config.add_options(parser)
+    return parser.parse_args()
+
+
+def configuration(args: argparse.Namespace) -> Config:
+    own = args.out / "config.toml"
+    if args.resume:
+        if args.config is not None:
+            raise InputError(f"--config: --resume goes on with the configuration of the run itself, {own}")
+        return training_config.override(training_config.read(own), args)
+    if own.exists():
+        raise InputError(f"--out {args.out}: holds a run already; --resume continues it, another folder begins one")
+    base = Config() if args.config is None else training_config.read(args.config)
+    return training_config.override(base, args)
+
+
+def begin(args: argparse.Namespace, config: Config, processes: Processes) -> Training:
+    """A training at its beginning or, with --resume, where its checkpoint left it."""
+    data = config.data
+    training = Training(config, *text.load(data.data, data.length, data.validation_bytes), processes)
+    file = args.out / "checkpoint.pt"
+    if args.resume and file.exists():
+        state = checkpoint.load(file)
+        for section in ("model", "data"):
+            for name, value in state["config"][section].items():
+                now = config.table()[section][name]
+                if name not in ("data", "accumulate") and now != value:
+                    raise InputError(
+                        f"{args.out / 'config.toml'}: [{section}] {name}: is {now}, but {file} has {value}"
+                    )
+        if state["text"] != text.digest(training.text):
+            raise InputError(
+                f"data {' '.join(data.data) or 'of the standard library'}: not the text that {file} learned"
+            )
+        training.load_state(state)
+    return training
+
+
+class Interruptions:
+    """Notes SIGINT and SIGTERM, so that the training can end between two steps. A second Ctrl-C ends the program."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, _: object) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def train(training: Training, out: pathlib.Path, interruptions: Interruptions) -> None:
+    """Trains to the end, until validation no longer gets better, or until it is interrupted; then saves."""
+    steps, settings, processes = training.config.optimizer.steps, training.config.training, training.processes
+    log = metrics.Metrics(out, training.steps) if processes.first else None
+    bar = tqdm(
+        total=steps, initial=training.steps, unit="step", dynamic_ncols=True, disable=not processes.first,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+    )  # fmt: skip
+    interrupted = False
+    with bar:
+        while not (training.finished or interrupted):
+            step = training.step()
+            validated = training.steps % settings.validate_every == 0 or training.steps == steps
+            if validated and training.validate() and processes.first:
+                checkpoint.save(training.state(), out / "best.pt")
+            interrupted = processes.sum(interruptions.signal)[0] > 0
+            if log is not None:
+                log.add(training, step, validated)
+                if training.steps % settings.checkpoint_every == 0 or training.finished or interrupted:
+                    log.flush()
+                    checkpoint.save(training.state(), out / "checkpoint.pt")
+            bar.set_postfix_str(
+                f"{step.loss:.3f} bits per byte, validation {training.validation_loss:.3f}", refresh=False
+            )
+            bar.update()
+    if log is not None:
+        log.close()
+
+
+def describe(training: Training) -> None:
+    config, processes = training.config, training.processes
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    where = f"{torch.get_num_threads()} threads" if processes.device.type == "cpu" else str(processes.device)
+    print(
+        f"{parameters:,} parameters on {len(training.text):,} bytes of {' '.join(config.data.data) or 'the standard library'}; "
+        f"{'bf16' if config.training.bf16 else 'fp32'}, {processes.count} x {where}"
+        f"{f'; continues after step {training.steps}' if training.steps else ''}",
+        flush=True,
+    )
+
+
+def conclude(training: Training, out: pathlib.Path, exports: bool) -> None:
+    """The picture and the exported model."""
+    import plots  # late: matplotlib takes a while
+
+    rows = metrics.read(out / "metrics.csv")
+    points = [(int(row["step"]), float(row["validation"])) for row in rows if row["validation"]]
+    data = training.config.data
+    lines = text.baselines(training.text, training.validation)
+    losses = [float(row["loss"]) for row in rows]
+    plots.learning(out / "learning.png", losses, data.batch_size * data.length, points, lines)
+    best = checkpoint.load(out / "best.pt")
+    print(f"best validation: {best['progress']['best']:.3f} bits per byte, after step {best['progress']['steps']}")
+    if exports:
+        training.model.load_state_dict(best["model"])
+        export.script(training.model, out / "model.pt")
+        export.package(training.model, out / "model.pt2")
+    print(f"{out} holds {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+def main() -> int:
+    args = options()
+    config = configuration(args)
+    if args.export and not export.compiler():
+        raise InputError("--export: needs a C++ compiler for the AOTInductor package, and there is none on the PATH")
+    if config.training.threads > 0:
+        torch.set_num_threads(config.training.threads)
+    with Processes(config.training.device) as processes:
+        training_config.check(config, str(args.config or "options"), processes.count)
+        training = begin(args, config, processes)
+        interruptions = Interruptions()
+        if processes.first:
+            args.out.mkdir(parents=True, exist_ok=True)
+            training_config.write(config, args.out / "config.toml")
+            describe(training)
+        try:
+            train(training, args.out, interruptions)
+        except Diverged as error:
+            print(f"train.py: {error}; the last checkpoint is kept", file=sys.stderr)
+            return 1
+        if not training.finished:
+            if processes.first:
+                print(f"interrupted after step {training.steps} and saved; --resume continues", file=sys.stderr)
+            return 128 + (interruptions.signal or signal.SIGINT)
+        if processes.first:
+            conclude(training, args.out, args.export)
+    return 0
+
+
+if __name__ == "__main__":
+    command.run("train.py", main)
