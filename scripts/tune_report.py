@@ -1,0 +1,159 @@
+"""What a study found, as a folder: report.md with pictures, best.toml for train.py, trials.csv."""
+
+import csv
+import io
+import pathlib
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+import checkpoint
+import training_config
+
+BEST_SHOWN, SLICES_SHOWN = 10, 8
+OBJECTIVES = ("validation loss, bits per byte", "training time, µs per byte")
+
+
+def write(study: optuna.Study, out: pathlib.Path) -> None:
+    """Also of a study in which little has happened yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    trials = study.get_trials(deepcopy=False)
+    save(out / "trials.csv", table_of(trials))
+    complete = sorted(
+        (trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: trial.values[0]
+    )
+    lines = [f"# Study {study.study_name}", "", summary(trials), ""]
+    if complete:
+        best = complete[0]
+        write_config(best, out / "best.toml")
+        default = next((trial for trial in trials if trial.user_attrs.get("default") and trial in complete), None)
+        importances = importance(study, complete)
+        lines += verdict(best, default)
+        lines += ["## What it changed", "", *comparison(best, default, importances), ""]
+        lines += front(study, out) if len(study.directions) > 1 else []
+        lines += pictures(study, importances, out)
+        lines += ["## The best trials", "", *best_trials(complete[:BEST_SHOWN]), ""]
+    failed = [trial for trial in trials if "failure" in trial.user_attrs]
+    if failed:
+        lines += ["## Failed trials", "", *(f"- trial {t.number}: {t.user_attrs['failure']}" for t in failed), ""]
+    save(out / "report.md", "\n".join(lines))
+    print(f"{summary(trials)} {lines[4] if complete else ''}\nThe report is {out / 'report.md'}")
+
+
+def summary(trials: list[FrozenTrial]) -> str:
+    counts = Counter(trial.state.name.lower() for trial in trials)
+    return f"{len(trials)} trials: {', '.join(f'{count} {state}' for state, count in counts.items())}."
+
+
+def verdict(best: FrozenTrial, default: FrozenTrial | None) -> list[str]:
+    text = f"The best, trial {best.number}, reached {best.values[0]:.3f} bits per byte on the validation text"
+    if default is not None:
+        text += f"; the defaults, trial {default.number}, {default.values[0]:.3f}"
+    return [f"{text}. `best.toml` has it, for `train.py --config`.", ""]
+
+
+def comparison(best: FrozenTrial, default: FrozenTrial | None, importances: dict[str, float]) -> Iterable[str]:
+    """A table of what was searched, the most important first."""
+    yield "| hyper-parameter | default | best | importance |"
+    yield "|---|---|---|---|"
+    for name in sorted(best.params, key=lambda name: -importances.get(name, 0)):
+        before = "" if default is None else default.params.get(name, "")
+        yield f"| {name} | {number(before)} | {number(best.params[name])} | {importances.get(name, 0):.0%} |"
+    for name, what in (
+        ("parameters", "parameters"),
+        ("bytes_read", "bytes read"),
+        ("microseconds_per_byte", "µs per byte"),
+    ):
+        before = "" if default is None else default.user_attrs.get(name, "")
+        yield f"| *{what}* | {number(before)} | {number(best.user_attrs.get(name, ''))} | |"
+
+
+def number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def importance(study: optuna.Study, complete: list[FrozenTrial]) -> dict[str, float]:
+    """Of each parameter for the loss, by Optuna's default evaluator; empty with too few trials."""
+    if len(complete) < 4:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it asks whether low values are the good ones: they are
+        return optuna.importance.get_param_importances(study, target=lambda trial: trial.values[0])
+
+
+def front(study: optuna.Study, out: pathlib.Path) -> list[str]:
+    """The trials that no other one beats in both objectives, each with its configuration."""
+    best = sorted(study.best_trials, key=lambda trial: trial.values)
+    for trial in best:
+        write_config(trial, out / f"trial{trial.number}.toml")
+    rows = [
+        f"| {trial.number} | {trial.values[0]:.3f} | {trial.values[1]:.3g} | {number(trial.user_attrs.get('parameters', ''))} "
+        f"| [trial{trial.number}.toml](trial{trial.number}.toml) |"
+        for trial in best
+    ]
+    return ["## No other is better and faster", "", f"| trial | {' | '.join(OBJECTIVES)} | parameters | configuration |",
+            "|---|---|---|---|---|", *rows, ""]  # fmt: skip
+
+
+def pictures(study: optuna.Study, importances: dict[str, float], out: pathlib.Path) -> list[str]:
+    import matplotlib.pyplot as plt  # late: it takes a while
+    from optuna.visualization import matplotlib as draw
+
+    import plots
+
+    plotted: dict[str, Any] = {}
+    one = len(study.directions) == 1
+    loss = {"target": None if one else lambda trial: trial.values[0], "target_name": OBJECTIVES[0]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these pictures are experimental in Optuna, and some ranges have one value
+        plotted["history"] = draw.plot_optimization_history(study, **loss)
+        if one:
+            plotted["learning"] = draw.plot_intermediate_values(study)
+            plotted["learning"].set(title="Validation while the trials learned", ylabel=OBJECTIVES[0])
+            plotted["learning"].get_legend().remove()
+        else:
+            plotted["front"] = draw.plot_pareto_front(study, target_names=list(OBJECTIVES))
+        if importances:
+            plotted["importances"] = draw.plot_param_importances(study, **loss)
+            plotted["slices"] = draw.plot_slice(study, params=list(importances)[:SLICES_SHOWN], **loss)
+        for name, axes in plotted.items():
+            figure = plt.gcf() if axes is None else getattr(axes, "flat", [axes])[0].figure
+            plots.finish(figure, out / f"{name}.png")
+    return ["## Pictures", "", *(f"![{name}]({name}.png)\n" for name in plotted)]
+
+
+def best_trials(trials: list[FrozenTrial]) -> Iterable[str]:
+    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    yield f"| trial | {OBJECTIVES[0]} | {' | '.join(names)} |"
+    yield "|---" * (2 + len(names)) + "|"
+    for trial in trials:
+        yield f"| {trial.number} | {trial.values[0]:.3f} | {' | '.join(number(trial.params.get(n, '')) for n in names)} |"
+
+
+def table_of(trials: list[FrozenTrial]) -> str:
+    """All trials as CSV."""
+    params = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    measured = ["loss", "microseconds_per_byte", "parameters", "bytes_read", "failure"]
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow(["trial", "state", "seconds", *measured, *params])
+    for trial in trials:
+        seconds = trial.duration.total_seconds() if trial.duration else ""
+        writer.writerow([trial.number, trial.state.name, seconds, *(trial.user_attrs.get(name, "") for name in measured),
+                         *(trial.params.get(name, "") for name in params)])  # fmt: skip
+    return output.getvalue()
+
+
+def write_config(trial: FrozenTrial, file: pathlib.Path) -> None:
+    training_config.write(training_config.validate(trial.user_attrs["config"], f"trial {trial.number}"), file)
+
+
+def save(file: pathlib.Path, content: str) -> None:
+    with checkpoint.replacing(file) as stream:
+        stream.write(content.encode())
