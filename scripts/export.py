@@ -30,11 +30,11 @@ def script(model: nn.Module, file: pathlib.Path) -> None:
 
 @torch.no_grad()
 def package(model: nn.Module, file: pathlib.Path) -> None:
-    """Its forward, for one sequence of any length, on the model's device."""
-    tokens = torch.zeros(1, 300, dtype=torch.int64, device=next(model.parameters()).device)
-    length = torch.export.Dim("length", min=2, max=2**20)
+    """Its forward, for sequences of any number and length, on the model's device."""
+    tokens = torch.zeros(2, 300, dtype=torch.int64, device=next(model.parameters()).device)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=2**20)}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=file.parent) as folder:
         warnings.simplefilter("ignore", FutureWarning)  # of torch about torch
-        exported = torch.export.export(model.eval(), (tokens,), dynamic_shapes={"tokens": {1: length}})
+        exported = torch.export.export(model.eval(), (tokens,), dynamic_shapes={"tokens": sizes})
         made = torch._inductor.aoti_compile_and_package(exported, package_path=f"{folder}/{file.name}")
         os.replace(made, file)

@@ -38,14 +38,12 @@ import training_config
 import tune_report
 import tune_study
 from command import InputError
-from training_config import Config
-from tune_space import Space
+from tune_space import TRIAL, Space
 from tune_worker import Failed, Pruned, Worker
 
 SPACES = pathlib.Path(__file__).parent / "spaces"
 SPACE_OF = {"grid": SPACES / "grid.toml", "nsga2": SPACES / "architecture.toml"}
 TRIALS = 50
-STEPS, WARM_UP, VALIDATION_BYTES = 200, 20, 2**15  # of a trial, in place of a training's
 
 
 def options() -> argparse.Namespace:
@@ -56,8 +54,8 @@ def options() -> argparse.Namespace:
     add("--config", type=pathlib.Path, help="a configuration file; what it leaves out has the default")
     add("--sampler", choices=tune_study.SAMPLERS, default="tpe", help="how trials are chosen: a grid; at random; Bayesian, by "
         "TPE or a Gaussian process; or NSGA-II, for loss and time at once (default: %(default)s)")  # fmt: skip
-    add("--pruner", choices=tune_study.PRUNERS, help="what gives up bad trials early (default: median; none for nsga2, which has "
-        "two objectives)")  # fmt: skip
+    add("--pruner", choices=tune_study.PRUNERS, help="what gives up bad trials early (default: median; none for a grid, and for nsga2, "
+        "which has two objectives)")  # fmt: skip
     add(
         "--trials",
         type=command.at_least(1),
@@ -106,10 +104,17 @@ class Tuning:
                     time.sleep(1)  # another process trains the last; should it die, this one takes over
                     continue
                 start = time.monotonic()
-                self.study.optimize(self.objective, n_trials=1, catch=(Failed,))
+                try:
+                    self.study.optimize(self.objective, n_trials=1, catch=(Failed,))
+                except Exception:
+                    # Of this process nothing was heard for long, perhaps the machine slept: another has the trial now.
+                    if self.study.get_trials(deepcopy=False)[self.number].state != TrialState.FAIL:
+                        raise
+                    self.bar.write(f"trial {self.number} was taken over by another process")
                 self.seconds.append(time.monotonic() - start)
 
     def objective(self, trial: optuna.Trial) -> float | tuple[float, float]:
+        self.number = trial.number
         try:
             return self.train(trial)
         except KeyboardInterrupt:
@@ -169,9 +174,7 @@ def main() -> int:
     if args.report:
         tune_report.write(tune_study.load(tune_study.database(storage_url), args.study), args.out)
         return 0
-    base = Config(optimizer={"steps": STEPS, "warm_up": WARM_UP}, data={"validation_bytes": VALIDATION_BYTES})
-    if args.config is not None:
-        base = training_config.read(args.config)
+    base = TRIAL if args.config is None else training_config.read(args.config)
     space = Space(
         args.space or SPACE_OF.get(args.sampler, SPACES / "default.toml"), training_config.override(base, args)
     )
@@ -181,11 +184,13 @@ def main() -> int:
     asked = tune_study.question(space, args.sampler, text.digest(training))
     args.out.mkdir(parents=True, exist_ok=True)
     pruner = tune_study.pruner(
-        args.pruner or ("none" if args.sampler == "nsga2" else "median"), space.base.optimizer.steps
+        args.pruner or ("none" if args.sampler in ("grid", "nsga2") else "median"), space.base.optimizer.steps
     )
     study = tune_study.begin(
         tune_study.database(storage_url), args.study, space, asked, args.sampler, space.base.training.seed, pruner
     )
+    for name, (wanted, taken) in space.moved().items():
+        print(f"{space.file}: {name}: {wanted} isn't in the range; the first trial has {taken} instead")
     try:
         with Worker() as worker:
             Tuning(study, space, args, worker).run()

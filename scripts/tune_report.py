@@ -116,7 +116,8 @@ def pictures(study: optuna.Study, importances: dict[str, float], out: pathlib.Pa
         if one:
             plotted["learning"] = draw.plot_intermediate_values(study)
             plotted["learning"].set(title="Validation while the trials learned", ylabel=OBJECTIVES[0])
-            plotted["learning"].get_legend().remove()
+            if legend := plotted["learning"].get_legend():  # dozens of trials
+                legend.remove()
         else:
             plotted["front"] = draw.plot_pareto_front(study, target_names=list(OBJECTIVES))
         if importances:

@@ -16,6 +16,8 @@ from command import InputError
 from training_config import SECTION_OF, SECTIONS, Config
 
 LARGEST_GRID = 1000
+# A trial is a short training.
+TRIAL = Config(optimizer={"steps": 200, "warm_up": 20}, data={"validation_bytes": 2**15})
 
 
 class Range(pydantic.BaseModel):
@@ -60,7 +62,10 @@ class Range(pydantic.BaseModel):
         if isinstance(one, CategoricalDistribution):
             return value if value in one.choices else one.choices[0]
         value = min(max(value, one.low), one.high)
-        return value if one.step is None else one.low + round((value - one.low) / one.step) * one.step
+        if one.step is None:
+            return value
+        point = one.low + round((value - one.low) / one.step) * one.step
+        return value if math.isclose(point, value) else point
 
     def points(self) -> list[Any] | None:
         """All values, if they can be counted."""
@@ -121,17 +126,25 @@ class Space:
         return training_config.check(training_config.merge(self.base, values, "trial"), "trial")
 
     def defaults(self) -> dict[str, Any]:
-        """The base's value for each range, as a trial's parameters."""
+        """The base's value for each range, or the nearest in it, as a trial's parameters."""
+        return {name: taken for name, (_, taken) in self._defaults().items()}
+
+    def moved(self) -> dict[str, tuple[Any, Any]]:
+        """Where the base's value isn't in the range: it, and what is taken in its place, by parameter."""
+        return {name: (wanted, taken) for name, (wanted, taken) in self._defaults().items() if wanted != taken}
+
+    def _defaults(self) -> dict[str, tuple[Any, Any]]:
         table = training_config.resolved(self.base).table()
-        parameters: dict[str, Any] = {}
+        pairs: dict[str, tuple[Any, Any]] = {}
         for name, one in self.ranges.items():
             value = table[SECTION_OF[name]][name]
             if one.per_layer:
                 windows = value * table["model"]["num_layers"] if len(value) == 1 else value
-                parameters |= {f"{name}_{i}": one.nearest(window) for i, window in enumerate(windows)}
+                pairs |= {f"{name}_{i}": (window, one.nearest(window)) for i, window in enumerate(windows)}
             else:
-                parameters[name] = one.nearest(value[0] if name == "window" else value)
-        return parameters
+                wanted = value[0] if name == "window" else value
+                pairs[name] = (wanted, one.nearest(wanted))
+        return pairs
 
     def named(self) -> Iterator[tuple[str, Range]]:
         """Each range with its section and key, as errors name it."""

@@ -17,7 +17,7 @@ from tune_space import Space
 
 SAMPLERS = ("grid", "random", "tpe", "gp", "nsga2")
 PRUNERS = ("median", "hyperband", "none")
-HEARTBEAT = 10  # seconds: a trial whose process hasn't been heard of for three of these is begun anew
+HEARTBEAT = 5  # seconds: a trial whose process hasn't been heard of for three of these is begun anew
 PATIENCE = 60  # seconds that the process that begins a study has for it
 QUESTION = "question"
 
