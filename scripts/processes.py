@@ -8,12 +8,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def started() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Processes:
     """This process among those of a run. Used as a context, which ends what joins them."""
 
     def __init__(self, device: str = "auto"):
         """device: auto, cpu or cuda. With several processes on cuda, each takes the GPU of its local rank."""
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.count, self.rank = started(), int(os.environ.get("RANK", 0))
         kind = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
         index = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)

@@ -34,9 +34,12 @@ import metrics
 import text
 import training_config
 from command import InputError
-from processes import Processes
+from processes import Processes, started
 from training import Diverged, Training
-from training_config import Config
+from training_config import SECTION_OF, Config, Model
+
+# What a run keeps from beginning to end; the rest may be changed where it is resumed.
+FIXED = (*Model.model_fields, "optimizer", "length", "batch_size", "validation_bytes")
 
 
 def options() -> argparse.Namespace:
@@ -51,16 +54,16 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def configuration(args: argparse.Namespace) -> Config:
-    own = args.out / "config.toml"
+def configuration(args: argparse.Namespace, processes: int) -> Config:
+    file, own = args.config, args.out / "config.toml"
     if args.resume:
-        if args.config is not None:
+        if file is not None:
             raise InputError(f"--config: --resume goes on with the configuration of the run itself, {own}")
-        return training_config.override(training_config.read(own), args)
-    if own.exists():
+        file = own
+    elif own.exists():
         raise InputError(f"--out {args.out}: holds a run already; --resume continues it, another folder begins one")
-    base = Config() if args.config is None else training_config.read(args.config)
-    return training_config.override(base, args)
+    config = training_config.override(Config() if file is None else training_config.read(file), args)
+    return training_config.check(config, "options" if file is None else str(file), processes)
 
 
 def begin(args: argparse.Namespace, config: Config, processes: Processes) -> Training:
@@ -70,14 +73,12 @@ def begin(args: argparse.Namespace, config: Config, processes: Processes) -> Tra
     file = args.out / "checkpoint.pt"
     if args.resume and file.exists():
         state = checkpoint.load(file)
-        for section in ("model", "data"):
-            for name, value in state["config"][section].items():
-                now = config.table()[section][name]
-                if name not in ("data", "accumulate") and now != value:
-                    raise InputError(
-                        f"{args.out / 'config.toml'}: [{section}] {name}: is {now}, but {file} has {value}"
-                    )
-        if state["text"] != text.digest(training.text):
+        for name in FIXED:
+            section = SECTION_OF[name]
+            now, before = config.table()[section][name], state["config"][section][name]
+            if now != before:
+                raise InputError(f"{args.out / 'config.toml'}: [{section}] {name}: is {now}, but {file} has {before}")
+        if state["text"] != training.digest:
             raise InputError(
                 f"data {' '.join(data.data) or 'of the standard library'}: not the text that {file} learned"
             )
@@ -160,13 +161,12 @@ def conclude(training: Training, out: pathlib.Path, exports: bool) -> None:
 
 def main() -> int:
     args = options()
-    config = configuration(args)
+    config = configuration(args, started())
     if args.export and not export.compiler():
         raise InputError("--export: needs a C++ compiler for the AOTInductor package, and there is none on the PATH")
     if config.training.threads > 0:
         torch.set_num_threads(config.training.threads)
     with Processes(config.training.device) as processes:
-        training_config.check(config, str(args.config or "options"), processes.count)
         training = begin(args, config, processes)
         interruptions = Interruptions()
         if processes.first:

@@ -40,7 +40,7 @@ class Training:
     def __init__(self, config: Config, training: Tensor, validation: Tensor, processes: Processes):
         """training, validation: bytes (N,), uint8."""
         self.config, self.processes = config, processes
-        self.text, self.validation = training, validation
+        self.text, self.digest, self.validation = training, text.digest(training), validation
         torch.manual_seed(config.training.seed)
         self.model = LanguageModel(**dict(config.model)).to(processes.device)
         self.optimizers = optimizers(self.model, config.optimizer)
@@ -96,6 +96,8 @@ class Training:
     def validate(self) -> bool:
         """Bits per byte of the validation text, into `validation_loss`; is it the best so far?"""
         self.validation_loss = bits_per_byte(self.model, self.validation, self.processes)
+        if not math.isfinite(self.validation_loss):
+            raise Diverged(f"step {self.steps}: the loss of the validation text is {self.validation_loss}")
         best = self.validation_loss < self.best
         self.best = min(self.best, self.validation_loss)
         self.validations_since_best = 0 if best else self.validations_since_best + 1
@@ -105,7 +107,7 @@ class Training:
         """What `load_state` continues from."""
         return {
             "config": self.config.table(),
-            "text": text.digest(self.text),
+            "text": self.digest,
             "progress": {name: getattr(self, name) for name in PROGRESS},
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -157,8 +159,8 @@ def random_seed(*numbers: int) -> int:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, text: Tensor, processes: Processes) -> float:
-    """What the model needs to encode `text` (N,), each byte from those before it; a 0 byte stands in front of parts of
-    VALIDATION_LENGTH bytes, of which each process takes its share."""
+    """What the model needs to encode `text` (N,) in parts of VALIDATION_LENGTH bytes, each byte from those before it in
+    its part and the one before that. Each process takes its share of the parts."""
     model.eval()
     inputs = F.pad(text, (1, -1))
     total = 0.0

@@ -21,6 +21,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import statistics
@@ -39,7 +40,7 @@ import tune_report
 import tune_study
 from command import InputError
 from tune_space import TRIAL, Space
-from tune_worker import Failed, Pruned, Worker
+from tune_worker import Failed, Pruned, Result, Worker
 
 SPACES = pathlib.Path(__file__).parent / "spaces"
 SPACE_OF = {"grid": SPACES / "grid.toml", "nsga2": SPACES / "architecture.toml"}
@@ -130,10 +131,6 @@ class Tuning:
             raise Failed("another process took the last of the grid")
         config = self.space.suggest(trial)
         trial.set_user_attr("config", config.table())
-        for earlier in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            if earlier.params == trial.params:
-                trial.set_user_attr("same_as", earlier.number)
-                return tuple(earlier.values) if len(earlier.values) > 1 else earlier.value
 
         def prune(steps: int, loss: float) -> bool:
             self.bar.set_postfix_str(f"{self.best()}; trial {trial.number}, step {steps}: {loss:.3f}", refresh=False)
@@ -143,8 +140,9 @@ class Tuning:
             trial.report(loss, steps)
             return trial.should_prune()
 
+        result = self.known(trial)
         try:
-            result = self.worker.train(config, prune)
+            result = result or self.worker.train(config, prune)
         except Pruned as error:
             raise optuna.TrialPruned from error
         for name, value in vars(result).items():
@@ -153,6 +151,13 @@ class Tuning:
             trial.report(result.loss, config.optimizer.steps)
             return result.loss
         return result.loss, result.microseconds_per_byte
+
+    def known(self, trial: optuna.Trial) -> Result | None:
+        """That of an earlier trial with the same parameters."""
+        for earlier in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if earlier.params == trial.params:
+                return Result(**{field.name: earlier.user_attrs[field.name] for field in dataclasses.fields(Result)})
+        return None
 
     def show(self) -> None:
         self.bar.total, self.bar.n = self.trials, len(tune_study.ended(self.study))
@@ -178,7 +183,6 @@ def main() -> int:
     space = Space(
         args.space or SPACE_OF.get(args.sampler, SPACES / "default.toml"), training_config.override(base, args)
     )
-    training_config.check(space.base, str(args.config or "options"))
     data = space.base.data
     training, _ = text.load(data.data, data.length, data.validation_bytes)
     asked = tune_study.question(space, args.sampler, text.digest(training))

@@ -57,8 +57,10 @@ class Range(pydantic.BaseModel):
         return suggest(name, one.low, one.high, step=one.step, log=one.log)
 
     def nearest(self, value: Any) -> Any:
-        """The value if it is in the range, else one that is."""
+        """The value if it is in the range, else one that is. Of a list, each value's."""
         one = self.distribution
+        if isinstance(value, list):
+            return [self.nearest(part) for part in value]
         if isinstance(one, CategoricalDistribution):
             return value if value in one.choices else one.choices[0]
         value = min(max(value, one.low), one.high)
@@ -134,16 +136,24 @@ class Space:
         return {name: (wanted, taken) for name, (wanted, taken) in self._defaults().items() if wanted != taken}
 
     def _defaults(self) -> dict[str, tuple[Any, Any]]:
-        table = training_config.resolved(self.base).table()
+        """-> by parameter, the base's value, and the nearest in its range."""
+        given = self.base.table()
+        inside: dict[str, dict[str, Any]] = {section: {} for section in given}
+        for name, one in self.ranges.items():
+            if (value := given[SECTION_OF[name]][name]) is not None:
+                inside[SECTION_OF[name]][name] = one.nearest(value)
+        first = training_config.check(training_config.merge(self.base, inside, str(self.file)), str(self.file))
+        resolved = training_config.resolved(first).table()
         pairs: dict[str, tuple[Any, Any]] = {}
         for name, one in self.ranges.items():
-            value = table[SECTION_OF[name]][name]
+            number = resolved[SECTION_OF[name]][name]
+            wanted = given[SECTION_OF[name]][name]
+            pair = (number if wanted is None else wanted, one.nearest(number))
             if one.per_layer:
-                windows = value * table["model"]["num_layers"] if len(value) == 1 else value
-                pairs |= {f"{name}_{i}": (window, one.nearest(window)) for i, window in enumerate(windows)}
+                windows = (side * first.model.num_layers if len(side) == 1 else side for side in pair)
+                pairs |= {f"{name}_{i}": pair for i, pair in enumerate(zip(*windows, strict=True))}
             else:
-                wanted = value[0] if name == "window" else value
-                pairs[name] = (wanted, one.nearest(wanted))
+                pairs[name] = (pair[0][0], pair[1][0]) if name == "window" else pair
         return pairs
 
     def named(self) -> Iterator[tuple[str, Range]]:

@@ -181,6 +181,7 @@ class TestBadInput:
         for name in ("config.toml", "checkpoint.pt"):
             (out / name).write_bytes((whole / name).read_bytes())
         assert "[model] embed_dim: is 32, but" in self.error("--resume", "--out", out, "--embed-dim", 32)
+        assert "[optimizer] optimizer: is sgd, but" in self.error("--resume", "--out", out, "--optimizer", "sgd")
         changed = tmp_path / "changed.txt"
         changed.write_bytes(data.read_bytes()[::-1])
         assert "not the text that" in self.error("--resume", "--out", out, "--data", changed)

@@ -81,6 +81,13 @@ class TestSpace:
         base = {"model": {"num_heads": 4, "window": [8]}, "optimizer": {"learning_rate": 1.0}}
         assert space(**base).defaults() == {"num_heads": 4, "window": 8, "learning_rate": 3e-2}
 
+    def test_defaults_outside_of_the_range(self, space):
+        one = space("[model]\nembed_dim = 30\nnum_heads = { choices = [3, 5] }\nhead_dim = { low = 4, high = 8 }")
+        assert one.defaults() == {"num_heads": 3, "head_dim": 8}
+        assert one.moved() == {"num_heads": (4, 3), "head_dim": (10, 8)}
+        with pytest.raises(InputError, match="space.toml: embed_dim must be a multiple of num_heads, 4"):
+            space("[model]\nembed_dim = 30\nwindow = { choices = [3, 5] }").defaults()
+
     def test_defaults_where_none_is_the_value(self, space):
         one = space("[model]\nhead_dim = { low = 8, high = 64 }\nscale = { low = 0.01, high = 1.0 }")
         assert one.defaults() == {"head_dim": 32, "scale": pytest.approx(32**-0.5)}
