@@ -53,6 +53,20 @@ def learning(
     finish(figure, file)
 
 
+def bars(file: pathlib.Path, values: dict[str, float], title: str, label: str) -> None:
+    """Named values, the first on top."""
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.28 * len(values)))
+    drawn = axes.barh(
+        list(values), list(values.values()), color=[BLUE if value > 0 else VERMILION for value in values.values()]
+    )
+    axes.bar_label(drawn, fmt="%.3g", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.grid(axis="y", visible=False)
+    axes.set(title=title, xlabel=label)
+    finish(figure, file)
+
+
 def finish(figure, file: pathlib.Path) -> None:
     with checkpoint.replacing(file) as stream:
         figure.savefig(stream, format="png")

@@ -28,14 +28,17 @@ import statistics
 import sys
 import time
 import warnings
+from typing import Any
 
 import optuna
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from tqdm import tqdm
 
 import command
 import text
 import training_config
+import tune_explain
 import tune_report
 import tune_study
 from command import InputError
@@ -45,6 +48,7 @@ from tune_worker import Failed, Pruned, Result, Worker
 SPACES = pathlib.Path(__file__).parent / "spaces"
 SPACE_OF = {"grid": SPACES / "grid.toml", "nsga2": SPACES / "architecture.toml"}
 TRIALS = 50
+SEARCH_SHARE = 0.65  # of --minutes; the rest is for what explains the best trial
 
 
 def options() -> argparse.Namespace:
@@ -62,7 +66,7 @@ def options() -> argparse.Namespace:
         type=command.at_least(1),
         help="of the study, all processes together (default: 50 without --minutes)",
     )
-    add("--minutes", type=command.between(0, math.inf), help="no trial begins that would end later")
+    add("--minutes", type=command.between(0, math.inf), help="time for it; no trial begins that would end later")
     add("--storage", help="URL of the database (default: SQLite, in study.db in --out)")
     add("--study", default="wmha", help="name of the study in the database (default: %(default)s)")
     add(
@@ -71,31 +75,33 @@ def options() -> argparse.Namespace:
         default=pathlib.Path("wmha-tune"),
         help="folder of the report (default: %(default)s)",
     )
+    add("--explain", action=argparse.BooleanOptionalAction, default=True, help="afterwards, train what shows why the best trial "
+        "is better than the defaults (not for a grid, which shows it, and nsga2; default: %(default)s)")  # fmt: skip
     add("--report", action="store_true", help="only write the report of the study as it is")
     training_config.add_options(parser)
     return parser.parse_args()
 
 
 class Tuning:
-    """This process's part in a study."""
+    """This process's part in a study: as many trials as `trials` says, or those that wait in it, and until `deadline`
+    (of time.monotonic())."""
 
-    def __init__(self, study: optuna.Study, space: Space, args: argparse.Namespace, worker: Worker):
+    def __init__(
+        self, study: optuna.Study, space: Space, worker: Worker, trials: int | None, waiting: bool, deadline: float
+    ):
         self.study, self.space, self.worker = study, space, worker
-        self.grid, self.trials = args.sampler == "grid", args.trials
-        if not self.grid and self.trials is None and args.minutes is None:
-            self.trials = TRIALS
-        self.deadline = time.monotonic() + 60 * (math.inf if args.minutes is None else args.minutes)
+        self.trials, self.waiting, self.deadline = trials, waiting, deadline
         self.seconds: list[float] = []  # of the trials so far
 
     def run(self) -> None:
         with tqdm(unit="trial", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as self.bar:
             while True:
                 optuna.storages.fail_stale_trials(self.study)  # and lets them wait to be begun anew
-                states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
                 self.show()
-                waiting, running = TrialState.WAITING in states, states.count(TrialState.RUNNING)
-                if self.grid:
-                    done = not waiting
+                states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+                running = states.count(TrialState.RUNNING)
+                if self.waiting:
+                    done = TrialState.WAITING not in states
                 else:
                     done = self.trials is not None and len(tune_study.ended(self.study)) + running >= self.trials
                 late = time.monotonic() + statistics.median(self.seconds or [0]) > self.deadline
@@ -103,16 +109,19 @@ class Tuning:
                     return
                 if done:
                     time.sleep(1)  # another process trains the last; should it die, this one takes over
-                    continue
-                start = time.monotonic()
-                try:
-                    self.study.optimize(self.objective, n_trials=1, catch=(Failed,))
-                except Exception:
-                    # Of this process nothing was heard for long, perhaps the machine slept: another has the trial now.
-                    if self.study.get_trials(deepcopy=False)[self.number].state != TrialState.FAIL:
-                        raise
-                    self.bar.write(f"trial {self.number} was taken over by another process")
-                self.seconds.append(time.monotonic() - start)
+                else:
+                    self.one_trial()
+
+    def one_trial(self) -> None:
+        start = time.monotonic()
+        try:
+            self.study.optimize(self.objective, n_trials=1, catch=(Failed,))
+        except Exception:
+            # Of this process nothing was heard for long, perhaps the machine slept: another has the trial now.
+            if self.study.get_trials(deepcopy=False)[self.number].state != TrialState.FAIL:
+                raise
+            self.bar.write(f"trial {self.number} was taken over by another process")
+        self.seconds.append(time.monotonic() - start)
 
     def objective(self, trial: optuna.Trial) -> float | tuple[float, float]:
         self.number = trial.number
@@ -127,8 +136,8 @@ class Tuning:
             raise Failed from error
 
     def train(self, trial: optuna.Trial) -> float | tuple[float, float]:
-        if self.grid and not trial.user_attrs.get("planned"):
-            raise Failed("another process took the last of the grid")
+        if self.waiting and not trial.user_attrs.get("planned"):
+            raise Failed("another process took the last one that waited")
         config = self.space.suggest(trial)
         trial.set_user_attr("config", config.table())
 
@@ -164,8 +173,52 @@ class Tuning:
         self.bar.set_postfix_str(self.best())
 
     def best(self) -> str:
-        losses = [t.values[0] for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-        return f"best {min(losses, default=math.nan):.3f} bits per byte"
+        best = tune_study.best(self.study)
+        return f"best {best.values[0] if best else math.nan:.3f} bits per byte"
+
+
+def configured(args: argparse.Namespace) -> Space:
+    base = TRIAL if args.config is None else training_config.read(args.config)
+    file = args.space or SPACE_OF.get(args.sampler, SPACES / "default.toml")
+    return Space(file, training_config.override(base, args))
+
+
+def question(args: argparse.Namespace, space: Space) -> dict[str, Any]:
+    data = space.base.data
+    training, _ = text.load(data.data, data.length, data.validation_bytes)
+    return tune_study.question(space, args.sampler, text.digest(training))
+
+
+def first_trials(args: argparse.Namespace, space: Space) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Parameters and attributes."""
+    grid = space.grid() if args.sampler == "grid" else ()
+    return [(space.defaults(), {"default": True}), *((point, {}) for point in grid if point != space.defaults())]
+
+
+def search(args: argparse.Namespace, storage: RDBStorage, space: Space, planned: list, asked: dict) -> optuna.Study:
+    """Begins the study or joins it."""
+    pruner = args.pruner or ("none" if args.sampler in ("grid", "nsga2") else "median")
+    return tune_study.begin(
+        storage, args.study, asked, planned, args.sampler, space.base.training.seed,
+        tune_study.pruner(pruner, space.base.optimizer.steps),
+    )  # fmt: skip
+
+
+def explain(study: optuna.Study, storage: RDBStorage, space: Space, worker: Worker, deadline: float) -> None:
+    """Trains what shows why the best trial is the best, in a study of its own, which other processes share."""
+    best = tune_study.best(study)
+    if best is None or best.user_attrs.get("default"):
+        return
+    name, planned = tune_explain.name_of(study.study_name, best), tune_explain.planned(space.defaults(), best)
+    why = tune_study.begin(storage, name, {}, planned, "random", 0, tune_study.pruner("none", 0))
+    print(f"why trial {best.number} is better: what its values do, one group at a time", flush=True)
+    Tuning(why, space, worker, None, True, deadline).run()
+
+
+def report(study: optuna.Study, storage: RDBStorage, out: pathlib.Path) -> None:
+    best = tune_study.best(study)
+    why = best and tune_study.load(storage, tune_explain.name_of(study.study_name, best))
+    tune_report.write(study, why, out)
 
 
 def main() -> int:
@@ -175,31 +228,32 @@ def main() -> int:
     args = options()
     if args.sampler == "nsga2" and args.pruner not in (None, "none"):
         raise InputError(f"--pruner {args.pruner}: nsga2 has two objectives, with which nothing is pruned")
-    storage_url = args.storage or f"sqlite:///{args.out / 'study.db'}"
+    url = args.storage or f"sqlite:///{args.out / 'study.db'}"
     if args.report:
-        tune_report.write(tune_study.load(tune_study.database(storage_url), args.study), args.out)
+        storage = tune_study.database(url)
+        if (study := tune_study.load(storage, args.study)) is None:
+            raise InputError(f"--study {args.study}: there is none of this name in {url}")
+        report(study, storage, args.out)
         return 0
-    base = TRIAL if args.config is None else training_config.read(args.config)
-    space = Space(
-        args.space or SPACE_OF.get(args.sampler, SPACES / "default.toml"), training_config.override(base, args)
-    )
-    data = space.base.data
-    training, _ = text.load(data.data, data.length, data.validation_bytes)
-    asked = tune_study.question(space, args.sampler, text.digest(training))
+    space = configured(args)
+    planned, asked = first_trials(args, space), question(args, space)
     args.out.mkdir(parents=True, exist_ok=True)
-    pruner = tune_study.pruner(
-        args.pruner or ("none" if args.sampler in ("grid", "nsga2") else "median"), space.base.optimizer.steps
-    )
-    study = tune_study.begin(
-        tune_study.database(storage_url), args.study, space, asked, args.sampler, space.base.training.seed, pruner
-    )
+    storage = tune_study.database(url)
+    study = search(args, storage, space, planned, asked)
     for name, (wanted, taken) in space.moved().items():
         print(f"{space.file}: {name}: {wanted} isn't in the range; the first trial has {taken} instead")
+    grid, minutes = args.sampler == "grid", math.inf if args.minutes is None else args.minutes
+    trials = TRIALS if args.trials is None and args.minutes is None and not grid else args.trials
+    explains = args.explain and args.sampler not in ("grid", "nsga2")
+    start = time.monotonic()
     try:
         with Worker() as worker:
-            Tuning(study, space, args, worker).run()
+            deadline = start + 60 * minutes * (SEARCH_SHARE if explains else 1)
+            Tuning(study, space, worker, trials, grid, deadline).run()
+            if explains:
+                explain(study, storage, space, worker, start + 60 * minutes)
     finally:
-        tune_report.write(study, args.out)
+        report(study, storage, args.out)
     return 0
 
 

@@ -8,18 +8,21 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import matplotlib.pyplot as plt
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization import matplotlib as draw
 
 import checkpoint
+import plots
 import training_config
 
-BEST_SHOWN, SLICES_SHOWN = 10, 8
+BEST_SHOWN, SLICES_SHOWN = 10, 6
 OBJECTIVES = ("validation loss, bits per byte", "training time, µs per byte")
 
 
-def write(study: optuna.Study, out: pathlib.Path) -> None:
-    """Also of a study in which little has happened yet."""
+def write(study: optuna.Study, why: optuna.Study | None, out: pathlib.Path) -> None:
+    """Also of a study in which little has happened yet. why: the study that explains its best trial."""
     out.mkdir(parents=True, exist_ok=True)
     trials = study.get_trials(deepcopy=False)
     save(out / "trials.csv", table_of(trials))
@@ -33,7 +36,9 @@ def write(study: optuna.Study, out: pathlib.Path) -> None:
         default = next((trial for trial in trials if trial.user_attrs.get("default") and trial in complete), None)
         importances = importance(study, complete)
         lines += verdict(best, default)
+        lines += [] if why is None else explanation(why, best, out)
         lines += ["## What it changed", "", *comparison(best, default, importances), ""]
+        lines += [f"The importances are estimates from {len(complete)} complete trials.", ""] if importances else []
         lines += front(study, out) if len(study.directions) > 1 else []
         lines += pictures(study, importances, out)
         lines += ["## The best trials", "", *best_trials(complete[:BEST_SHOWN]), ""]
@@ -54,6 +59,35 @@ def verdict(best: FrozenTrial, default: FrozenTrial | None) -> list[str]:
     if default is not None:
         text += f"; the defaults, trial {default.number}, {default.values[0]:.3f}"
     return [f"{text}. `best.toml` has it, for `train.py --config`.", ""]
+
+
+def explanation(why: optuna.Study, best: FrozenTrial, out: pathlib.Path) -> list[str]:
+    """What each group of the best trial's values does alone, the one that helps most first."""
+    trials = {
+        trial.user_attrs["group"]: trial for trial in why.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    }
+    if "defaults" not in trials:
+        return []
+    before = trials.pop("defaults").value
+    gains = {group: before - trial.value for group, trial in sorted(trials.items(), key=lambda item: item[1].value)}
+    plots.bars(
+        out / "why.png", gains | {"all together": before - best.values[0]},
+        f"What each group of trial {best.number}'s values does alone", "bits per byte less than with the defaults",
+    )  # fmt: skip
+    lines = [
+        "## Why it is better",
+        "",
+        f"The defaults reach {before:.3f}. With one group of the best trial's values:",
+        "",
+    ]
+    lines += [f"| group | values | {OBJECTIVES[0]} | better by |", "|---|---|---|---|"]
+    for group, gain in gains.items():
+        values = ", ".join(f"{name} {number(value)}" for name, value in trials[group].user_attrs["changed"].items())
+        lines.append(f"| {group} | {values} | {trials[group].value:.3f} | {gain:+.3f} |")
+    lines += [f"| all together | | {best.values[0]:.3f} | {before - best.values[0]:+.3f} |", ""]
+    if left := [t.user_attrs["group"] for t in why.get_trials(deepcopy=False) if t.state == TrialState.WAITING]:
+        lines += [f"There was no time for: {', '.join(left)}.", ""]
+    return [*lines, "![why](why.png)", ""]
 
 
 def comparison(best: FrozenTrial, default: FrozenTrial | None, importances: dict[str, float]) -> Iterable[str]:
@@ -102,15 +136,10 @@ def front(study: optuna.Study, out: pathlib.Path) -> list[str]:
 
 
 def pictures(study: optuna.Study, importances: dict[str, float], out: pathlib.Path) -> list[str]:
-    import matplotlib.pyplot as plt  # late: it takes a while
-    from optuna.visualization import matplotlib as draw
-
-    import plots
-
     plotted: dict[str, Any] = {}
     one = len(study.directions) == 1
     loss = {"target": None if one else lambda trial: trial.values[0], "target_name": OBJECTIVES[0]}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plt.rc_context():  # Optuna sets a style of its own
         warnings.simplefilter("ignore")  # these pictures are experimental in Optuna, and some ranges have one value
         plotted["history"] = draw.plot_optimization_history(study, **loss)
         if one:
@@ -121,11 +150,16 @@ def pictures(study: optuna.Study, importances: dict[str, float], out: pathlib.Pa
         else:
             plotted["front"] = draw.plot_pareto_front(study, target_names=list(OBJECTIVES))
         if importances:
-            plotted["importances"] = draw.plot_param_importances(study, **loss)
             plotted["slices"] = draw.plot_slice(study, params=list(importances)[:SLICES_SHOWN], **loss)
         for name, axes in plotted.items():
             figure = plt.gcf() if axes is None else getattr(axes, "flat", [axes])[0].figure
+            figure.set_size_inches(*((3 * SLICES_SHOWN, 4) if name == "slices" else (9, 4.5)))
             plots.finish(figure, out / f"{name}.png")
+    if importances:
+        plotted["importances"] = None
+        plots.bars(
+            out / "importances.png", importances, "Importance of the hyper-parameters", "part of the variation in loss"
+        )
     return ["## Pictures", "", *(f"![{name}]({name}.png)\n" for name in plotted)]
 
 

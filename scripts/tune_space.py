@@ -17,7 +17,7 @@ from training_config import SECTION_OF, SECTIONS, Config
 
 LARGEST_GRID = 1000
 # A trial is a short training.
-TRIAL = Config(optimizer={"steps": 200, "warm_up": 20}, data={"validation_bytes": 2**15})
+TRIAL = Config(optimizer={"steps": 100, "warm_up": 10}, data={"validation_bytes": 2**15})
 
 
 class Range(pydantic.BaseModel):

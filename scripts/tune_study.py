@@ -1,8 +1,10 @@
 """A study in its database: begun by the first process, joined by all others."""
 
+import contextlib
 import json
 import sqlite3
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import optuna
@@ -93,9 +95,16 @@ def question(space: Space, sampler: str, text: str) -> dict[str, Any]:
 
 
 def begin(
-    storage: RDBStorage, name: str, space: Space, asked: dict[str, Any], how: str, seed: int, pruner: BasePruner
+    storage: RDBStorage,
+    name: str,
+    asked: dict[str, Any],
+    planned: Iterable[tuple[dict[str, Any], dict[str, Any]]],
+    how: str,
+    seed: int,
+    pruner: BasePruner,
 ) -> optuna.Study:
-    """The study: a new one, in which the first trials wait, or one that asks the same."""
+    """The study: a new one, in which first trials wait (planned: their parameters and attributes), or one that asks the
+    same."""
     directions = ["minimize"] * (2 if how == "nsga2" else 1)
     try:
         study = optuna.create_study(
@@ -105,12 +114,8 @@ def begin(
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler(how, None), pruner=pruner)
         compare(study, asked)
         return study
-    defaults = space.defaults()
-    study.enqueue_trial(defaults, user_attrs={"default": True, "planned": True})
-    if how == "grid":
-        for point in space.grid():
-            if point != defaults:
-                study.enqueue_trial(point, user_attrs={"planned": True})
+    for parameters, attributes in planned:
+        study.enqueue_trial(parameters, user_attrs={"planned": True, **attributes})
     study.set_user_attr(QUESTION, json.dumps(asked))  # the last step, which others wait for
     return study
 
@@ -133,11 +138,10 @@ def compare(study: optuna.Study, asked: dict[str, Any]) -> None:
             )
 
 
-def load(storage: RDBStorage, name: str) -> optuna.Study:
-    try:
+def load(storage: RDBStorage, name: str) -> optuna.Study | None:
+    """None if there is none of this name."""
+    with contextlib.suppress(KeyError):
         return optuna.load_study(study_name=name, storage=storage)
-    except KeyError as error:
-        raise InputError(f"--study {name}: there is none of this name in the database") from error
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
@@ -147,3 +151,9 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
 
 def lost(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and "failure" not in trial.user_attrs
+
+
+def best(study: optuna.Study) -> FrozenTrial | None:
+    """The complete trial with the lowest loss."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return min(complete, key=lambda trial: trial.values[0], default=None)

@@ -18,7 +18,7 @@ from processes import Processes
 from training import Diverged, Training
 from training_config import Config
 
-REPORTS = 10  # validations of a trial
+REPORTS = 5  # validations of a trial
 
 
 class Failed(Exception):

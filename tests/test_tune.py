@@ -11,6 +11,7 @@ import optuna
 import pytest
 
 import training_config
+import tune_explain
 import tune_study
 from command import InputError
 from command_line import SCRIPTS, finish, run, start
@@ -151,6 +152,37 @@ class TestSpace:
             space(content)
 
 
+class TestExplanation:
+    def test_each_change_is_tried_once(self):
+        defaults = {
+            "num_layers": 4,
+            "num_heads": 4,
+            "window": 128,
+            "dropout": 0.0,
+            "learning_rate": 3e-3,
+            "warm_up": 10,
+        }
+        best = optuna.trial.create_trial(
+            params={**defaults, "num_heads": 8, "learning_rate": 1e-2, "warm_up": 5},
+            distributions={name: optuna.distributions.FloatDistribution(0, 1000) for name in defaults},
+            value=1.0,
+        )
+        assert list(tune_explain.planned(defaults, best)) == [
+            (defaults, {"group": "defaults"}),
+            ({**defaults, "num_heads": 8}, {"group": "heads", "changed": {"num_heads": 8}}),
+            (
+                {**defaults, "learning_rate": 1e-2, "warm_up": 5},
+                {"group": "learning rate", "changed": {"learning_rate": 1e-2, "warm_up": 5}},
+            ),
+        ]
+
+    def test_groups_have_every_key_that_can_be_searched_once(self):
+        names = Counter(name for names in tune_explain.GROUPS.values() for name in names)
+        searched = Space(SCRIPTS / "spaces" / "default.toml", TRIAL).ranges
+        assert set(names.values()) == {1} and names.keys() >= searched.keys()
+        assert names.keys() <= training_config.SECTION_OF.keys()
+
+
 class TestWorker:
     def config(self, data: pathlib.Path, **more) -> Config:
         base = Config(
@@ -163,7 +195,7 @@ class TestWorker:
         with Worker() as worker:
             result = worker.train(self.config(data), lambda *report: told.append(report))
             assert isinstance(result, Result) and 0 < result.loss < 8 and result.microseconds_per_byte > 0
-            assert [steps for steps, _ in told] == list(range(2, 20, 2))
+            assert [steps for steps, _ in told] == [4, 8, 12, 16]
             with pytest.raises(Pruned):
                 worker.train(self.config(data), lambda *report: True)
             with pytest.raises(Failed, match="Diverged: step .: the loss is"):
@@ -217,8 +249,9 @@ class TestCommand:
         config = training_config.read(out / "best.toml")
         assert str(config.model.num_heads) == best["num_heads"] and str(config.model.window) == f"[{best['window']}]"
         report = (out / "report.md").read_text()
-        for picture in ("history", "learning", "importances", "slices"):
+        for picture in ("history", "learning", "importances", "slices", "why"):
             assert f"({picture}.png)" in report and (out / f"{picture}.png").stat().st_size > 1000
+        assert f"| learning rate | learning_rate {float(best['learning_rate']):.3g} |" in report
         # train.py takes the file, and gets what the trial got.
         run("train.py", "--config", out / "best.toml", "--out", tmp_path / "run", "--validate-every", 2)
         with (tmp_path / "run" / "metrics.csv").open() as stream:
@@ -276,7 +309,9 @@ class TestCommand:
     def test_interrupted(self, space, data, tmp_path):
         """Ctrl-C writes the report; the trial that it cut off is begun again."""
         out = tmp_path / "out"
-        words = self.words(data, out, "--sampler", "random", "--trials", 3, "--steps", 600, "--validation-bytes", 100)
+        words = self.words(
+            data, out, "--sampler", "random", "--trials", 3, "--no-explain", "--steps", 600, "--validation-bytes", 100
+        )
         process = start("tune.py", *words)
         wait_for_trials(out, 2)
         process.send_signal(signal.SIGINT)
@@ -296,7 +331,7 @@ class TestCommand:
     def test_bad_input(self, space, data, tmp_path):
         """One line that names what is wrong, exit status 2, and nothing changed."""
         out = tmp_path / "out"
-        words = self.words(data, out, "--sampler", "random", "--trials", 1)
+        words = self.words(data, out, "--sampler", "random", "--trials", 1, "--no-explain")
         run("tune.py", *words)
         before = {file: file.read_bytes() for file in out.iterdir() if file.suffix != ".db"}
 
