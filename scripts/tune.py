@@ -174,7 +174,7 @@ class Tuning:
 
     def best(self) -> str:
         best = tune_study.best(self.study)
-        return f"best {best.values[0] if best else math.nan:.3f} bits per byte"
+        return f"best {best.values[0]:.3f} bits per byte" if best else "no result yet"
 
 
 def configured(args: argparse.Namespace) -> Space:

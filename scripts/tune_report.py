@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as draw
@@ -151,6 +152,8 @@ def pictures(study: optuna.Study, importances: dict[str, float], out: pathlib.Pa
             plotted["front"] = draw.plot_pareto_front(study, target_names=list(OBJECTIVES))
         if importances:
             plotted["slices"] = draw.plot_slice(study, params=list(importances)[:SLICES_SHOWN], **loss)
+            for axes in getattr(plotted["slices"], "flat", [plotted["slices"]]):
+                axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # they would overlap
         for name, axes in plotted.items():
             figure = plt.gcf() if axes is None else getattr(axes, "flat", [axes])[0].figure
             figure.set_size_inches(*((3 * SLICES_SHOWN, 4) if name == "slices" else (9, 4.5)))

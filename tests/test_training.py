@@ -20,8 +20,6 @@ from processes import Processes
 from training import Training
 from training_config import Config
 
-pytestmark = pytest.mark.cpu
-
 TEXT = torch.arange(5000).mul(7919).remainder(251).byte()
 VALIDATION = TEXT[:600].flip(0)
 SMALL = {
@@ -166,6 +164,15 @@ class TestSteps:
         run = begin(small(steps=60, learning_rate=1e-2))
         losses = [run.step().loss for _ in range(60)]
         assert losses[0] == pytest.approx(8, abs=0.5) and losses[-1] < losses[0] - 1
+
+    def test_devices_agree(self, device):
+        config = small(learned_temperature="per_head", warm_up=0)
+        here, there = begin(config), Training(config, TEXT, VALIDATION, Processes(device))
+        for _ in range(3):
+            assert there.step().loss == pytest.approx(here.step().loss, rel=1e-3)
+        there.validate()
+        here.validate()
+        assert there.validation_loss == pytest.approx(here.validation_loss, rel=1e-3)
 
     @pytest.mark.parametrize("optimizer", ["adamw", "adam", "muon", "sgd"])
     def test_every_optimizer(self, optimizer):

@@ -169,11 +169,11 @@ class TestExplanation:
         )
         assert list(tune_explain.planned(defaults, best)) == [
             (defaults, {"group": "defaults"}),
-            ({**defaults, "num_heads": 8}, {"group": "heads", "changed": {"num_heads": 8}}),
             (
                 {**defaults, "learning_rate": 1e-2, "warm_up": 5},
                 {"group": "learning rate", "changed": {"learning_rate": 1e-2, "warm_up": 5}},
             ),
+            ({**defaults, "num_heads": 8}, {"group": "heads", "changed": {"num_heads": 8}}),
         ]
 
     def test_groups_have_every_key_that_can_be_searched_once(self):
