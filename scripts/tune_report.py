@@ -43,9 +43,12 @@ def write(study: optuna.Study, why: optuna.Study | None, out: pathlib.Path) -> N
         lines += front(study, out) if len(study.directions) > 1 else []
         lines += pictures(study, importances, out)
         lines += ["## The best trials", "", *best_trials(complete[:BEST_SHOWN]), ""]
-    failed = [trial for trial in trials if "failure" in trial.user_attrs]
-    if failed:
-        lines += ["## Failed trials", "", *(f"- trial {t.number}: {t.user_attrs['failure']}" for t in failed), ""]
+    if failed := [trial for trial in trials if trial.state == TrialState.FAIL]:
+        reasons = (
+            f"- trial {t.number}: {t.user_attrs.get('failure', 'was interrupted, or its process killed')}"
+            for t in failed
+        )
+        lines += ["## Failed trials", "", *reasons, ""]
     save(out / "report.md", "\n".join(lines))
     print(f"{summary(trials)} {lines[4] if complete else ''}\nThe report is {out / 'report.md'}")
 

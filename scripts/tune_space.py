@@ -89,10 +89,9 @@ class Space:
         self.ranges: dict[str, Range] = {}
         values = training_config.read_toml(file)
         for section, keys in values.items():
-            for name in (
-                [name for name, value in keys.items() if isinstance(value, dict)] if isinstance(keys, dict) else []
-            ):
-                self.ranges[name] = self._range(section, name, keys.pop(name))
+            if isinstance(keys, dict):
+                for name in [name for name, value in keys.items() if isinstance(value, dict)]:
+                    self.ranges[name] = self._range(section, name, keys.pop(name))
         if not self.ranges:
             raise InputError(f"{file}: no key has a range")
         fixed = training_config.validate(values, str(file)).model_dump(exclude_unset=True)

@@ -33,7 +33,7 @@ def database(url: str) -> RDBStorage:
                 engine_kwargs=options,
                 heartbeat_interval=HEARTBEAT,
                 grace_period=3 * HEARTBEAT,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
             )
             break
         except sqlalchemy.exc.SQLAlchemyError as error:  # perhaps another process made the tables at the same time
@@ -85,8 +85,10 @@ def pruner(name: str, steps: int) -> BasePruner:
 
 
 def question(space: Space, sampler: str, text: str) -> dict[str, Any]:
-    """What a study asks, by key. All trials must have been made for the same."""
+    """What a study asks, by key. All trials must have been made for the same. text: tells one text from another, since
+    it may have another path on another machine."""
     table = space.base.table()
+    del table["data"]["data"]
     table["training"] = {name: table["training"][name] for name in ("seed", "bf16")}
     asked = {f"[{section}] {name}": value for section, keys in table.items() for name, value in keys.items()}
     asked |= {name: one.model_dump(exclude_unset=True) for name, one in space.named()}
