@@ -40,7 +40,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(256, embed_dim)
         self.pairs = nn.Embedding(SLOTS, embed_dim)
         self.triples = nn.Embedding(SLOTS, embed_dim)
-        self.mix = nn.Conv1d(embed_dim, embed_dim, 1 + REACH, groups=embed_dim, bias=False)
+        self.mix = nn.Parameter(torch.empty(embed_dim, 1 + REACH).uniform_(-0.5, 0.5))
         self.stack = TransformerStack(num_layers, embed_dim, num_heads, windows=windows, final_norm=True, **options)
         for table in (self.embedding, self.pairs, self.triples):
             nn.init.normal_(table.weight, std=0.03)
@@ -64,7 +64,10 @@ class LanguageModel(nn.Module):
         pairs = tokens[:, 1:] + 256 * tokens[:, :-1]
         triples = pairs[:, 1:] + 65536 * tokens[:, :-2]
         x = self.embedding(tokens[:, 2:]) + self.pairs(pairs[:, 1:] % self.slots) + self.triples(triples % self.slots)
-        return x[:, self.reach :] + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        mixed = x[:, self.reach :]
+        for i in range(1 + self.reach):
+            mixed = mixed + x[:, i : x.size(1) - self.reach + i] * self.mix[:, i]
+        return mixed
 
 
 @torch.no_grad()
