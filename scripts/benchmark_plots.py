@@ -1,14 +1,13 @@
-"""The benchmark's pictures. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
+"""The benchmark's pictures. Colours are Okabe and Ito's."""
 
 from __future__ import annotations
 
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+from plots import finish
 
 COLORS = {
     "wmha": "#0072B2",
@@ -19,18 +18,6 @@ COLORS = {
     "local-attention": "#56B4E9",
     "flash-attn": "#000000",
 }
-plt.rcParams.update(
-    {
-        "figure.dpi": 110,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "font.size": 10,
-    }
-)
 
 
 def draw(folder: pathlib.Path, results: list, information: dict) -> None:
@@ -100,8 +87,3 @@ def scaling(file: pathlib.Path, results: list, where: str) -> None:
         f"Forward and backward in {first.dtype}, {first.heads} heads, D = 64; {where}", x=0.01, ha="left", fontsize=9
     )
     finish(figure, file)
-
-
-def finish(figure, file: pathlib.Path) -> None:
-    figure.savefig(file)
-    plt.close(figure)

@@ -1,7 +1,6 @@
 """The demo's options."""
 
 import argparse
-import contextlib
 import math
 import pathlib
 import time
@@ -12,7 +11,7 @@ import command
 import demo_cpp
 import training_config
 import wmha
-from command import InputError
+from command import InputError, at_least, between
 from training_config import Config
 
 QUICK = {  # what --quick makes the defaults: every part of the demo, each too short to impress
@@ -28,27 +27,6 @@ QUICK = {  # what --quick makes the defaults: every part of the demo, each too s
 }
 
 WARM_UP = 0.05  # of the training
-
-
-def at_least(least: int):
-    def convert(text: str) -> int:
-        if not text.lstrip("+-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got '{text}'")
-        return int(text)
-
-    return convert
-
-
-def between(low: float, high: float):
-    """A number x with low <= x < high."""
-
-    def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= float(text) < high:
-                return float(text)
-        raise argparse.ArgumentTypeError(f"expected a number in [{low:g}, {high:g}), got '{text}'")
-
-    return convert
 
 
 def parse(description: str) -> argparse.Namespace:
