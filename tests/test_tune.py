@@ -321,6 +321,15 @@ class TestCommand:
         states = Counter(row["state"] for row in trials(out))
         assert states["FAIL"] == 1 and states["COMPLETE"] + states["PRUNED"] == 3
 
+    def test_no_trial_is_trained_twice(self, space, data, tmp_path):
+        """One with the parameters of an earlier one has its result, its time included."""
+        space("[model]\nnum_layers = 1\nembed_dim = 16\nnum_heads = { choices = [2, 4] }\n")
+        out = tmp_path / "out"
+        words = self.words(data, out, "--sampler", "random", "--trials", 5, "--pruner", "none", "--no-explain")
+        run("tune.py", *words)
+        results = {(row["num_heads"], row["loss"], row["microseconds_per_byte"]) for row in trials(out)}
+        assert len(trials(out)) == 5 and len(results) == len({heads for heads, _, _ in results})
+
     def test_failed_trials_are_recorded(self, space, data, tmp_path):
         out = tmp_path / "out"
         space("[model]\nnum_layers = 1\nembed_dim = 16\n[optimizer]\nlearning_rate = { choices = [0.003, 1e30] }\n")
