@@ -26,6 +26,11 @@ def replacing(file: pathlib.Path) -> Iterator[BinaryIO]:
     os.replace(temporary, file)
 
 
+def write(content: str, file: pathlib.Path) -> None:
+    with replacing(file) as stream:
+        stream.write(content.encode())
+
+
 def save(state: dict[str, Any], file: pathlib.Path) -> None:
     with replacing(file) as stream:
         torch.save({"format": FORMAT, **state}, stream)

@@ -1,11 +1,14 @@
-"""What the scripts' commands share: one-line errors, and Ctrl-C without a traceback."""
+"""What the scripts' commands share: one-line errors, Ctrl-C without a traceback, progress."""
 
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 
 class InputError(Exception):
@@ -38,6 +41,20 @@ def between(low: float, high: float) -> Callable[[str], float]:
         raise argparse.ArgumentTypeError(f"expected a number in [{low:g}, {high:g}), got '{text}'")
 
     return convert
+
+
+def prepare() -> None:
+    """To be called before torch is imported."""
+    # The imports take seconds: Ctrl-C ends them without a traceback. A main() puts a handler in place again.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Read when OpenMP is loaded, with torch. Threads that wait would otherwise spin, and where other programs run as
+    # well, as on a shared machine, a step would take many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def progress(unit: str, **options: Any) -> tqdm:
+    """A progress bar; a line now and then where nobody watches."""
+    return tqdm(unit=unit, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10, **options)
 
 
 def run(name: str, main: Callable[[], int]) -> NoReturn:

@@ -7,26 +7,21 @@ C++ program loads and agrees with.
 """
 
 # ruff: noqa: E402  (imports below what has to come first)
-import os
-import signal
+import command
 
-# The imports take seconds: Ctrl-C ends them without a traceback. main() puts Python's own handler back.
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-# Read when OpenMP is loaded, with torch. Threads that wait would otherwise spin, and where other programs run as well,
-# as on a shared machine, a step would take many times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+command.prepare()
 
 import argparse
 import json
 import math
 import platform
+import signal
 import sys
 import time
 
 import torch
 from tqdm import tqdm
 
-import command
 import demo_compare
 import demo_cpp
 import demo_options
@@ -50,7 +45,7 @@ def train(training: Training, seconds: float) -> tuple[list[float], list[tuple[i
     training.validate()
     losses, points, validate_at = [], [(0, training.validation_loss)], list(VALIDATE_AT)
     start = time.perf_counter()
-    with tqdm(total=most, unit="step", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+    with command.progress("step", total=most) as bar:
         while not training.finished:
             losses.append(training.step().loss)
             left = max(0, seconds - (time.perf_counter() - start))
@@ -110,8 +105,7 @@ def run(args: argparse.Namespace) -> int:
     baselines = text.baselines(training_text, validation)
     training = Training(config, training_text, validation, Processes(args.device))
     model = training.model
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"  {parameters:,} parameters, window {args.window}, {args.dtype}, {args.threads} threads")
+    print(f"  {training.parameters:,} parameters, window {args.window}, {args.dtype}, {args.threads} threads")
     losses, points = train(training, args.seconds)
     print(f"  bits per byte of {len(validation):,} bytes of files it has not seen")
     for name, value in {"before training": points[0][1], **baselines, "after training": points[-1][1]}.items():
@@ -129,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     import demo_plots  # late: matplotlib takes a while, and the measuring processes import this file
     import plots
 
-    plots.learning(args.out / "learning.png", losses, args.batch * args.length, points, baselines)
+    plots.learning(args.out / "learning.png", losses, config.data.step_bytes, points, baselines)
     demo_plots.cost(args.out / "cost.png", results, args.window, f"{args.dtype}, {args.threads} threads, one sequence")
     demo_plots.attention(args.out / "attention.png", model, validation[: 2 * args.window], args.window)
     generator = torch.Generator().manual_seed(args.seed)

@@ -36,8 +36,8 @@ JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count())
 SOURCES = (".cpp", ".h", ".cu", ".cuh", ".py")
 BUILD_PACKAGES = [f"torch=={TORCH}", "numpy", "setuptools>=77", "wheel", "cmake>=3.24", "ninja"]
 TEST_PACKAGES = ["pytest", "expecttest"]
-SCRIPT_PACKAGES = ["matplotlib", "tqdm"]
-TRAINING_PACKAGES = ["pydantic>=2", "tomlkit", "tensorboard", "optuna>=5,<6", "scipy"]  # scipy: for optuna's samplers
+# scipy is for optuna's samplers.
+SCRIPT_PACKAGES = ["matplotlib", "tqdm", "pydantic>=2", "tomlkit", "tensorboard", "optuna>=5,<6", "scipy"]
 LINT_PACKAGES = ["ruff==0.17.6", "clang-format==23.1.5", "clang-tidy==23.1.4"]
 
 
@@ -122,7 +122,7 @@ def googletest() -> list[str]:
 
 def test(arguments: list[str]) -> None:
     install_wmha()
-    install(*TEST_PACKAGES, *SCRIPT_PACKAGES, *TRAINING_PACKAGES)
+    install(*TEST_PACKAGES, *SCRIPT_PACKAGES)
     cmake_build(BUILD / "tests", "-DWMHA_TESTS=ON", *googletest())
     run("ctest", "--test-dir", BUILD / "tests", "--output-on-failure", "--parallel", JOBS)
     prefix = subprocess.check_output([PYTHON, "-c", "import wmha; print(wmha.cmake_prefix_path)"], text=True).strip()
@@ -160,7 +160,7 @@ def sanitize(_: list[str]) -> None:
 def script(name: str) -> Callable[[list[str]], None]:
     def command(arguments: list[str]) -> None:
         install_wmha()
-        install(*SCRIPT_PACKAGES, *TRAINING_PACKAGES)
+        install(*SCRIPT_PACKAGES)
         words = [str(PYTHON), str(ROOT / "scripts" / name), *arguments]
         print("+", " ".join(words), flush=True)
         # In place of this process: the script's exit status is the command's, and Ctrl-C is the script's to handle.

@@ -18,8 +18,7 @@ class Metrics:
     def __init__(self, folder: pathlib.Path, steps: int):
         self.file = folder / "metrics.csv"
         kept = [row for row in read(self.file) if int(row["step"]) <= steps]
-        with checkpoint.replacing(self.file) as stream:
-            stream.write(render(kept, header=True).encode())
+        checkpoint.write(render(kept, header=True), self.file)
         self.stream = self.file.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -29,10 +28,9 @@ class Metrics:
             self.events = None
 
     def add(self, training: Training, step: Step, validated: bool) -> None:
-        data = training.config.data
         row = {
             "step": training.steps,
-            "bytes": training.steps * data.batch_size * data.length,
+            "bytes": training.steps * training.config.data.step_bytes,
             "seconds": round(training.seconds, 3),
             "learning_rate": step.learning_rate,
             "loss": step.loss,

@@ -7,12 +7,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import matplotlib.ticker
 import numpy as np
 
 import checkpoint
 
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
 plt.rcParams.update(
     {
         "figure.dpi": 110,

@@ -5,7 +5,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 
 def started() -> int:
@@ -43,10 +43,10 @@ class Processes:
         """The model, whose gradients are the means over the processes."""
         return model if self.count == 1 else nn.parallel.DistributedDataParallel(model)
 
-    def sum(self, *numbers: float) -> list[float]:
-        """Of each number over all processes."""
+    def sum(self, number: float) -> float:
+        """Of this number over all processes."""
         if self.count == 1:
-            return list(numbers)
-        total: Tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+            return number
+        total = torch.tensor(number, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return total.tolist()
+        return total.item()

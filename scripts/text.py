@@ -27,21 +27,23 @@ def load(paths: list[str], length: int, most: int) -> tuple[Tensor, Tensor]:
     training, validation = [], []
     for i, file in enumerate(files):
         content = read(file)
-        split = (
-            len(content) - len(content) // 10
-            if len(files) < HELD_OUT
-            else len(content) * (i % HELD_OUT != HELD_OUT // 2)
-        )
+        part = len(content) // 10 if len(files) < HELD_OUT else len(content) * (i % HELD_OUT == HELD_OUT // 2)
+        split = len(content) - part
         training.append(content[:split])
         validation.append(content[split:])
     # A 0 byte, which no text holds, stands between files.
     training, validation = (to_tensor(b"\0".join(part for part in parts if part)) for parts in (training, validation))
     if len(training) <= length or len(validation) < SHORTEST:
         raise InputError(
-            f"data {' '.join(paths) or 'of the standard library'}: too short: {len(training):,} bytes to train on and "
+            f"{named(paths)}: too short: {len(training):,} bytes to train on and "
             f"{len(validation):,} to validate on; wanted are more than length, {length:,}, and {SHORTEST}"
         )
     return training, validation[:most]
+
+
+def named(paths: list[str]) -> str:
+    """The text, as errors name it."""
+    return f"data {' '.join(paths) or 'of the standard library'}"
 
 
 def files_of(path: pathlib.Path) -> list[pathlib.Path]:

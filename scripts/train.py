@@ -11,24 +11,18 @@ text), checkpoint.pt (what --resume continues from, exactly) and, with --export,
 """
 
 # ruff: noqa: E402  (imports below what has to come first)
-import os
-import signal
+import command
 
-# The imports take seconds: Ctrl-C ends them without a traceback. main() puts a handler of its own in place.
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-# Read when OpenMP is loaded, with torch. Threads that wait would otherwise spin, and where other programs run as well,
-# as on a shared machine, a step would take many times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+command.prepare()
 
 import argparse
 import pathlib
+import signal
 import sys
 
 import torch
-from tqdm import tqdm
 
 import checkpoint
-import command
 import export
 import metrics
 import text
@@ -79,9 +73,7 @@ def begin(args: argparse.Namespace, config: Config, processes: Processes) -> Tra
             if now != before:
                 raise InputError(f"{args.out / 'config.toml'}: [{section}] {name}: is {now}, but {file} has {before}")
         if state["text"] != training.digest:
-            raise InputError(
-                f"data {' '.join(data.data) or 'of the standard library'}: not the text that {file} learned"
-            )
+            raise InputError(f"{text.named(data.data)}: not the text that {file} learned")
         training.load_state(state)
     return training
 
@@ -103,10 +95,7 @@ def train(training: Training, out: pathlib.Path, interruptions: Interruptions) -
     """Trains to the end, until validation no longer gets better, or until it is interrupted; then saves."""
     steps, settings, processes = training.config.optimizer.steps, training.config.training, training.processes
     log = metrics.Metrics(out, training.steps) if processes.first else None
-    bar = tqdm(
-        total=steps, initial=training.steps, unit="step", dynamic_ncols=True, disable=not processes.first,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-    )  # fmt: skip
+    bar = command.progress("step", total=steps, initial=training.steps, disable=not processes.first)
     interrupted = False
     with bar:
         while not (training.finished or interrupted):
@@ -114,7 +103,7 @@ def train(training: Training, out: pathlib.Path, interruptions: Interruptions) -
             validated = training.steps % settings.validate_every == 0 or training.steps == steps
             if validated and training.validate() and processes.first:
                 checkpoint.save(training.state(), out / "best.pt")
-            interrupted = processes.sum(interruptions.signal)[0] > 0
+            interrupted = processes.sum(interruptions.signal) > 0
             if log is not None:
                 log.add(training, step, validated)
                 if training.steps % settings.checkpoint_every == 0 or training.finished or interrupted:
@@ -130,10 +119,9 @@ def train(training: Training, out: pathlib.Path, interruptions: Interruptions) -
 
 def describe(training: Training) -> None:
     config, processes = training.config, training.processes
-    parameters = sum(parameter.numel() for parameter in training.model.parameters())
     where = f"{torch.get_num_threads()} threads" if processes.device.type == "cpu" else str(processes.device)
     print(
-        f"{parameters:,} parameters on {len(training.text):,} bytes of {' '.join(config.data.data) or 'the standard library'}; "
+        f"{training.parameters:,} parameters on {len(training.text):,} bytes of {' '.join(config.data.data) or 'the standard library'}; "
         f"{'bf16' if config.training.bf16 else 'fp32'}, {processes.count} x {where}"
         f"{f'; continues after step {training.steps}' if training.steps else ''}",
         flush=True,
@@ -146,10 +134,9 @@ def conclude(training: Training, out: pathlib.Path, exports: bool) -> None:
 
     rows = metrics.read(out / "metrics.csv")
     points = [(int(row["step"]), float(row["validation"])) for row in rows if row["validation"]]
-    data = training.config.data
     lines = text.baselines(training.text, training.validation)
     losses = [float(row["loss"]) for row in rows]
-    plots.learning(out / "learning.png", losses, data.batch_size * data.length, points, lines)
+    plots.learning(out / "learning.png", losses, training.config.data.step_bytes, points, lines)
     best = checkpoint.load(out / "best.pt")
     print(f"best validation: {best['progress']['best']:.3f} bits per byte, after step {best['progress']['steps']}")
     if exports:

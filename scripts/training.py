@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -40,7 +41,7 @@ class Training:
     def __init__(self, config: Config, training: Tensor, validation: Tensor, processes: Processes):
         """training, validation: bytes (N,), uint8."""
         self.config, self.processes = config, processes
-        self.text, self.digest, self.validation = training, text.digest(training), validation
+        self.text, self.validation = training, validation
         torch.manual_seed(config.training.seed)
         self.model = LanguageModel(**dict(config.model)).to(processes.device)
         self.optimizers = optimizers(self.model, config.optimizer)
@@ -69,7 +70,7 @@ class Training:
             loss += part.item()
         longest = self.config.optimizer.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), longest).item()
-        loss = self.processes.sum(loss)[0] / self.processes.count
+        loss = self.processes.sum(loss) / self.processes.count
         if not math.isfinite(loss + norm):
             raise Diverged(f"step {self.steps + 1}: the loss is {loss}, the gradient's norm {norm}")
         for optimizer in self.optimizers:
@@ -86,6 +87,16 @@ class Training:
         first = first.view(processes.count, data.accumulate, -1, 1)[processes.rank]
         torch.manual_seed(random_seed(self.config.training.seed, self.steps, 1 + processes.rank))
         return list(self.text[first + torch.arange(data.length + 1)].to(processes.device, torch.int64))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells the text from another."""
+        return text.digest(self.text)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def finished(self) -> bool:
@@ -168,4 +179,4 @@ def bits_per_byte(model: nn.Module, text: Tensor, processes: Processes) -> float
         part = slice(first, first + VALIDATION_LENGTH)
         tokens, targets = (bytes_[part].to(processes.device, torch.int64) for bytes_ in (inputs, text))
         total += F.cross_entropy(model(tokens[None])[0], targets, reduction="sum").item()
-    return processes.sum(total)[0] / math.log(2) / len(text)
+    return processes.sum(total) / math.log(2) / len(text)

@@ -79,6 +79,11 @@ class Data(Section):
         1, "parts that a process makes of its share of them, one after the other, to save memory"
     )
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes that a training step reads."""
+        return self.batch_size * self.length
+
 
 class Training(Section):
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where there is one")
@@ -129,8 +134,7 @@ def write(config: Config, file: pathlib.Path) -> None:
             else:
                 table.add(name, tomlkit.item(value).comment(kind.model_fields[name].description))
         document.add(section, table)
-    with checkpoint.replacing(file) as stream:
-        stream.write(tomlkit.dumps(document).encode())
+    checkpoint.write(tomlkit.dumps(document), file)
 
 
 def validate(table: dict[str, Any], where: str) -> Config:

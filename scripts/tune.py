@@ -11,21 +11,16 @@ The folder --out gets report.md with pictures, best.toml for train.py, and trial
 """
 
 # ruff: noqa: E402  (imports below what has to come first)
-import os
-import signal
+import command
 
-# The imports take seconds: Ctrl-C ends them without a traceback. main() puts Python's own handler back.
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-# Read when OpenMP is loaded, with torch. Threads that wait would otherwise spin, and where other programs run as well,
-# as on a shared machine, a step would take many times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+command.prepare()
 
 import argparse
 import dataclasses
 import math
 import pathlib
+import signal
 import statistics
-import sys
 import time
 import warnings
 from typing import Any
@@ -33,9 +28,7 @@ from typing import Any
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from tqdm import tqdm
 
-import command
 import text
 import training_config
 import tune_explain
@@ -94,7 +87,7 @@ class Tuning:
         self.seconds: list[float] = []  # of the trials so far
 
     def run(self) -> None:
-        with tqdm(unit="trial", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as self.bar:
+        with command.progress("trial") as self.bar:
             while True:
                 optuna.storages.fail_stale_trials(self.study)  # and lets them wait to be begun anew
                 self.show()
@@ -149,9 +142,8 @@ class Tuning:
             trial.report(loss, steps)
             return trial.should_prune()
 
-        result = self.known(trial)
         try:
-            result = result or self.worker.train(config, prune)
+            result = self.known(trial) or self.worker.train(config, prune)
         except Pruned as error:
             raise optuna.TrialPruned from error
         for name, value in vars(result).items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import matplotlib.ticker
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as draw
@@ -26,7 +27,7 @@ def write(study: optuna.Study, why: optuna.Study | None, out: pathlib.Path) -> N
     """Also of a study in which little has happened yet. why: the study that explains its best trial."""
     out.mkdir(parents=True, exist_ok=True)
     trials = study.get_trials(deepcopy=False)
-    save(out / "trials.csv", table_of(trials))
+    checkpoint.write(table_of(trials), out / "trials.csv")
     complete = sorted(
         (trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: trial.values[0]
     )
@@ -34,7 +35,7 @@ def write(study: optuna.Study, why: optuna.Study | None, out: pathlib.Path) -> N
     if complete:
         best = complete[0]
         write_config(best, out / "best.toml")
-        default = next((trial for trial in trials if trial.user_attrs.get("default") and trial in complete), None)
+        default = next((trial for trial in complete if trial.user_attrs.get("default")), None)
         importances = importance(study, complete)
         lines += verdict(best, default)
         lines += [] if why is None else explanation(why, best, out)
@@ -49,7 +50,7 @@ def write(study: optuna.Study, why: optuna.Study | None, out: pathlib.Path) -> N
             for t in failed
         )
         lines += ["## Failed trials", "", *reasons, ""]
-    save(out / "report.md", "\n".join(lines))
+    checkpoint.write("\n".join(lines), out / "report.md")
     print(f"{summary(trials)} {lines[4] if complete else ''}\nThe report is {out / 'report.md'}")
 
 
@@ -155,18 +156,19 @@ def pictures(study: optuna.Study, importances: dict[str, float], out: pathlib.Pa
             plotted["front"] = draw.plot_pareto_front(study, target_names=list(OBJECTIVES))
         if importances:
             plotted["slices"] = draw.plot_slice(study, params=list(importances)[:SLICES_SHOWN], **loss)
-            for axes in getattr(plotted["slices"], "flat", [plotted["slices"]]):
+            for axes in np.ravel(plotted["slices"]):
                 axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # they would overlap
         for name, axes in plotted.items():
-            figure = plt.gcf() if axes is None else getattr(axes, "flat", [axes])[0].figure
+            figure = np.ravel(axes)[0].figure
             figure.set_size_inches(*((3 * SLICES_SHOWN, 4) if name == "slices" else (9, 4.5)))
             plots.finish(figure, out / f"{name}.png")
+    names = list(plotted)
     if importances:
-        plotted["importances"] = None
+        names.append("importances")
         plots.bars(
             out / "importances.png", importances, "Importance of the hyper-parameters", "part of the variation in loss"
         )
-    return ["## Pictures", "", *(f"![{name}]({name}.png)\n" for name in plotted)]
+    return ["## Pictures", "", *(f"![{name}]({name}.png)\n" for name in names)]
 
 
 def best_trials(trials: list[FrozenTrial]) -> Iterable[str]:
@@ -193,8 +195,3 @@ def table_of(trials: list[FrozenTrial]) -> str:
 
 def write_config(trial: FrozenTrial, file: pathlib.Path) -> None:
     training_config.write(training_config.validate(trial.user_attrs["config"], f"trial {trial.number}"), file)
-
-
-def save(file: pathlib.Path, content: str) -> None:
-    with checkpoint.replacing(file) as stream:
-        stream.write(content.encode())

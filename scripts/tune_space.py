@@ -128,12 +128,13 @@ class Space:
 
     def defaults(self) -> dict[str, Any]:
         """The base's value for each range, or the nearest in it, as a trial's parameters."""
-        return {name: taken for name, (_, taken) in self._defaults().items()}
+        return {name: taken for name, (_, taken) in self._defaults.items()}
 
     def moved(self) -> dict[str, tuple[Any, Any]]:
         """Where the base's value isn't in the range: it, and what is taken in its place, by parameter."""
-        return {name: (wanted, taken) for name, (wanted, taken) in self._defaults().items() if wanted != taken}
+        return {name: (wanted, taken) for name, (wanted, taken) in self._defaults.items() if wanted != taken}
 
+    @functools.cached_property
     def _defaults(self) -> dict[str, tuple[Any, Any]]:
         """-> by parameter, the base's value, and the nearest in its range."""
         given = self.base.table()

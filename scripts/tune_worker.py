@@ -119,6 +119,5 @@ def train(config: Config, connection: Connection) -> Result | None:
                     connection.send((training.steps, training.validation_loss))
                     if connection.recv():
                         return None
-    step_bytes = data.batch_size * data.length
-    parameters = sum(parameter.numel() for parameter in training.model.parameters())
-    return Result(training.best, 1e6 * statistics.median(seconds) / step_bytes, parameters, training.steps * step_bytes)
+    microseconds = 1e6 * statistics.median(seconds) / data.step_bytes
+    return Result(training.best, microseconds, training.parameters, training.steps * data.step_bytes)

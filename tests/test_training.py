@@ -241,12 +241,12 @@ class TestSteps:
     def test_dropout_differs_between_steps_and_processes(self):
         def drawn(steps: int, rank: int) -> torch.Tensor:
             run = begin(small(batch_size=2))
-            run.steps, run.processes.rank = steps, 0
-            run.processes = types.SimpleNamespace(count=1, rank=0, device=torch.device("cpu"))
+            run.steps, run.processes = steps, types.SimpleNamespace(count=2, rank=rank, device=torch.device("cpu"))
             run._parts()
             return torch.rand(4)
 
         assert torch.equal(drawn(1, 0), drawn(1, 0)) and not torch.equal(drawn(1, 0), drawn(2, 0))
+        assert not torch.equal(drawn(1, 0), drawn(1, 1))
 
     def test_seed_decides_everything(self):
         a, b, other = (begin(small(seed=seed, dropout=0.2)) for seed in (1, 1, 2))
@@ -278,7 +278,7 @@ def test_bits_per_byte(monkeypatch):
         total += F.cross_entropy(logits, VALIDATION[first : first + 100].long(), reduction="sum").item()
     expected = total / math.log(2) / 600
     assert training.bits_per_byte(run.model, VALIDATION, run.processes) == pytest.approx(expected, rel=1e-5)
-    shares = [types.SimpleNamespace(count=4, rank=rank, device="cpu", sum=lambda x: [x]) for rank in range(4)]
+    shares = [types.SimpleNamespace(count=4, rank=rank, device="cpu", sum=lambda x: x) for rank in range(4)]
     assert sum(training.bits_per_byte(run.model, VALIDATION, one) for one in shares) == pytest.approx(
         expected, rel=1e-5
     )

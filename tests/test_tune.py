@@ -275,7 +275,7 @@ class TestCommand:
         assert front
 
     def test_two_processes_share_a_grid(self, space, data, tmp_path):
-        """Started at the same time, on one database; one of them is killed in the middle, and begun again."""
+        """Started at the same time, on one database."""
         space(
             "[model]\nnum_layers = 1\nembed_dim = 16\nnum_heads = { choices = [1, 2, 4, 8] }\nwindow = { choices = [4, 32] }\n"
         )
@@ -289,7 +289,7 @@ class TestCommand:
             assert len({(row["num_heads"], row["window"]) for row in rows}) == 8
             assert all(row["state"] == "COMPLETE" for row in rows)
 
-    def test_killed_and_resumed(self, space, data, tmp_path, monkeypatch):
+    def test_killed_and_resumed(self, space, data, tmp_path):
         """The trial that was cut off is begun again, once; no other is."""
         out = tmp_path / "out"
         space("[model]\nnum_layers = 1\nembed_dim = 16\nnum_heads = { choices = [1, 2, 4, 8] }\n")
