@@ -23,12 +23,15 @@ namespace wmha::cpu::CPU_CAPABILITY {
 constexpr int tile_rows = 2 * register_rows;
 constexpr int64_t left_rows_at_once = tile_rows; // a left operand must hold whole tiles of them
 
-/// A left operand that lies in rows, tile_rows of them, whatever the last ones hold.
+/// A left operand that lies in rows, tile_rows of them, whatever the last ones hold. What two registers take lies
+/// register_stride apart.
 template <typename M>
 struct LeftRows {
   RowMajor<const M> matrix;
+  int64_t register_stride;
 
-  LeftRows(RowMajor<const M> matrix, int64_t /*rows*/) : matrix(matrix) {}
+  LeftRows(RowMajor<const M> matrix, int64_t /*rows*/, int64_t register_stride = Multiplicand<M>::steps_at_once)
+      : matrix(matrix), register_stride(register_stride) {}
 };
 
 /// A row of tiles: the product of tile_rows rows of `left` (depth steps wide) and the vectors [begin, end) of the
@@ -44,17 +47,17 @@ void multiply(
   constexpr int64_t vector = Vec<float>::size();
   const int64_t left_stride = left.matrix.row_stride * sizeof(M);
   const int64_t right_stride = right.row_stride * sizeof(M);
-  const M* const lower_rows = left.matrix.row(register_rows);
   for (int64_t column = begin * vector; column < end * vector; column += 2 * vector) {
     target.start(column);
-    for (int64_t t = 0; t < depth; t += Multiplicand<M>::steps_at_once) {
+    RowMajor<const M> left_rows = left.matrix;
+    for (int64_t t = 0; t < depth; t += Multiplicand<M>::steps_at_once, left_rows.data += left.register_stride) {
       const M* const right_row = right.row(t) + column;
-      load_register<4>(left.matrix.data + t, left_stride);
+      load_register<4>(left_rows.data, left_stride);
       load_register<6>(right_row, right_stride);
       multiply_add_registers<0, 4, 6>();
       load_register<7>(right_row + vector, right_stride);
       multiply_add_registers<1, 4, 7>();
-      load_register<5>(lower_rows + t, left_stride);
+      load_register<5>(left_rows.row(register_rows), left_stride);
       multiply_add_registers<2, 5, 6>();
       multiply_add_registers<3, 5, 7>();
     }
@@ -104,11 +107,9 @@ struct AddTo {
 };
 
 /// A target: rows of `scores` become the product times `factor`, and `maximum` the largest of each column and itself.
-/// Rows beyond `rows` are overwritten with anything.
 template <typename M>
 struct StoreScores {
   RowMajor<float> scores;
-  int64_t rows;
   float* maximum;
   float factor;
 
@@ -118,7 +119,7 @@ struct StoreScores {
     constexpr int64_t vector = Vec<float>::size();
     for (int64_t first = column; first < column + 2 * vector; first += vector) {
       Vec<float> largest = Vec<float>::loadu(maximum + first);
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < tile_rows; ++r) {
         const Vec<float> score = Vec<float>::loadu(scores.row(r) + first) * Vec<float>(factor);
         largest = larger(score, largest);
         score.store(scores.row(r) + first);

@@ -11,6 +11,7 @@
 
 #include "dropout.h"
 #include "key_gradients.h"
+#include "lanes.h"
 #include "passes.h"
 #include "query_sums.h"
 #include "rows.h"
@@ -45,11 +46,9 @@ class BackwardBlock {
         query_right_(query_block * key_width_),
         grad_output_left_(query_block * value_width_),
         grad_output_right_(query_block * value_width_),
-        grad_output_rows_(query_block * value_width_),
-        output_rows_(query_block * value_width_),
-        key_left_(key_block * key_width_),
-        key_right_(key_block * key_width_),
-        value_left_(key_block * value_width_) {}
+        left_keys_(params.key_dim, most_keys_of_block(params), params.keys()),
+        right_keys_(params.key_dim, multiplies_pairs<T> ? most_keys_of_block(params) : 0, params.keys()),
+        left_values_(params.value_dim, most_keys_of_block(params), params.keys()) {}
 
   /// Adds to the key gradients, writes grad_query, and returns the head's share of the temperature's gradient.
   double run(int64_t batch, int64_t head, Range block, KeyGradients<T>& key_gradients) {
@@ -63,9 +62,9 @@ class BackwardBlock {
     pack_columns(left_queries, block.size(), steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
     pack_columns(left_grad_outputs, block.size(), steps<M>(params_.value_dim), lanes_, Acc(1), packed_grad_output_);
     const Range used = visibility.seeing();
-    const auto right_queries = terms == 1 ? left_queries : right_rows<M>(queries, used, query_right_);
+    const auto right_queries = !multiplies_pairs<T> ? left_queries : right_rows<M>(queries, used, query_right_);
     const auto right_grad_outputs =
-        terms == 1 ? left_grad_outputs : right_rows<M>(grad_outputs, used, grad_output_right_);
+        !multiplies_pairs<T> ? left_grad_outputs : right_rows<M>(grad_outputs, used, grad_output_right_);
     load_statistics(batch, head, block);
     grad_query_.start(lanes_);
     std::fill_n(temperature_, lanes_, Acc(0));
@@ -73,58 +72,56 @@ class BackwardBlock {
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
     const int64_t kv_head = params_.kv_head(head);
     const Range keys = params_.window.keys_of(block);
-    next_query_ = block.end;
-    next_key_ = keys.end;
-    next_rows_ = ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1));
+    look_ahead(batch, head, block, keys);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
-      const Rows<T> key_rows = rows_of<T>(params_.key, batch, kv_head, tile, params_.key_dim);
-      const Rows<T> value_rows = rows_of<T>(params_.value, batch, kv_head, tile, params_.value_dim);
-      const auto left_keys = left_rows<M>(key_rows, key_left_);
-      const auto right_keys = terms == 1 ? left_keys : right_rows<M>(key_rows, {0, tile.size()}, key_right_);
-      const auto left_values = left_rows<M>(value_rows, value_left_);
+      const auto left_keys = left_keys_.of(params_.key, batch, kv_head, tile, keys.begin);
+      const auto right_keys =
+          !multiplies_pairs<T> ? left_keys : right_keys_.of(params_.key, batch, kv_head, tile, keys.begin);
+      const auto left_values = left_values_.of(params_.value, batch, kv_head, tile, keys.begin);
       const TileMask<Acc> mask(visibility, tile);
       Range seeing{0, 0};
       for (int64_t first = tile.begin; first < tile.end; first += tile_rows) {
         const Range group{first, std::min(first + tile_rows, tile.end)};
         const int64_t row = first - tile.begin;
-        prefetch_next(batch, head);
+        for (RowsAhead<T>& ahead : ahead_) ahead.fetch(rows_ahead_);
         seeing = visibility.of_keys(group, seeing);
         const Range lanes = whole_columns<M>(seeing);
         multiply_group(left_keys, row, group.size(), params_.key_dim, packed_query_, lanes, scores_);
         multiply_group(left_values, row, group.size(), params_.value_dim, packed_grad_output_, lanes, grad_weights_);
-        const bool masked = !visibility.all_see(group, lanes);
-        differentiate_scores(transform, masked ? &mask : nullptr, row, group, lanes, block.begin, dropout);
+        const Range whole{first, first + whole_terms<M>(group.size())};
+        with_mask<Acc>(visibility, whole, lanes, [&](auto masked, Range lanes) {
+          with_flags(
+              [&](auto drops, auto capped) {
+                differentiate_scores<masked, drops, capped>(transform, mask, row, group, lanes, block.begin, dropout);
+              },
+              params_.dropout.enabled(), transform.cap > 0);
+        });
         add_to_keys(seeing, weights_, right_grad_outputs, key_gradients.value_rows(first), value_width_);
         add_to_keys(seeing, grad_scores_, right_queries, key_gradients.key_rows(first), key_width_);
       }
       grad_query_.add(visibility, tile, grad_scores_by_query_, right_keys);
     }
-    auto grad_query = at<T>(params_.grad_query, batch, head, block.begin);
-    const RowMajor<const Acc> sums = grad_query_.rows();
-    for (int64_t i = 0; i < block.size(); ++i) {
-      store_row(sums.row(i), params_.key_dim, Acc(1), grad_query + i * params_.grad_query.position_stride);
-    }
+    grad_query_.store(
+        nullptr, block.size(), at<T>(params_.grad_query, batch, head, block.begin), params_.grad_query.position_stride);
     double temperature_sum = 0;
     for (int64_t i = 0; i < block.size(); ++i) temperature_sum += temperature_[i];
     return -temperature_sum * ln_of_2 * transform.inverse_temperature; // z is proportional to 1 / temperature
   }
 
  private:
-  /// Brings a few rows more of what the next block of queries will need into the cache, as in the forward pass.
-  void prefetch_next(int64_t batch, int64_t head) {
+  /// As in the forward pass.
+  void look_ahead(int64_t batch, int64_t head, Range block, Range keys) {
+    const auto ahead = [&](const auto& view, int64_t head, int64_t first, int64_t positions, int64_t dim) {
+      return RowsAhead<T>(view, batch, head, first, query_block, positions, dim);
+    };
     const int64_t kv_head = params_.kv_head(head);
-    for (int64_t i = 0; i < next_rows_; ++i, ++next_query_, ++next_key_) {
-      if (next_query_ < params_.queries) {
-        prefetch(at<T>(params_.query, batch, head, next_query_), params_.key_dim);
-        prefetch(at<T>(params_.grad_output, batch, head, next_query_), params_.value_dim);
-        prefetch(at<T>(params_.output, batch, head, next_query_), params_.value_dim);
-      }
-      if (next_key_ < params_.keys()) {
-        prefetch(at<T>(params_.key, batch, kv_head, next_key_), params_.key_dim);
-        prefetch(at<T>(params_.value, batch, kv_head, next_key_), params_.value_dim);
-      }
-    }
+    ahead_[0] = ahead(params_.query, head, block.end, params_.queries, params_.key_dim);
+    ahead_[1] = ahead(params_.grad_output, head, block.end, params_.queries, params_.value_dim);
+    ahead_[2] = ahead(params_.output, head, block.end, params_.queries, params_.value_dim);
+    ahead_[3] = ahead(params_.key, kv_head, keys.end, params_.keys(), params_.key_dim);
+    ahead_[4] = ahead(params_.value, kv_head, keys.end, params_.keys(), params_.value_dim);
+    rows_ahead_ = ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1));
   }
 
   /// logsumexp_ (times log2 e) and delta_ of the block. Lanes beyond the last query get lse = inf, hence weight 0.
@@ -132,19 +129,18 @@ class BackwardBlock {
     const int64_t first = (batch * params_.heads + head) * params_.queries + block.begin;
     const auto logsumexp = static_cast<const Acc*>(params_.logsumexp) + first;
     const auto grad_logsumexp = static_cast<const Acc*>(params_.grad_logsumexp);
-    const auto output = load_rows<Acc>(rows_of<T>(params_.output, batch, head, block, params_.value_dim), output_rows_);
-    const auto grad_outputs =
-        load_rows<Acc>(rows_of<T>(params_.grad_output, batch, head, block, params_.value_dim), grad_output_rows_);
-    for (int64_t i = 0; i < block.size(); ++i) {
-      Vec<Acc> product(Acc(0));
-      for (int64_t d = 0; d < padded<Acc>(params_.value_dim); d += vector) {
-        product = at::vec::fmadd(Vec<Acc>::loadu(grad_outputs.row(i) + d), Vec<Acc>::loadu(output.row(i) + d), product);
+    const auto outputs = rows_of<T>(params_.output, batch, head, block, params_.value_dim);
+    const auto grad_outputs = rows_of<T>(params_.grad_output, batch, head, block, params_.value_dim);
+    for (int64_t lane = 0; lane < block.size(); lane += vector) {
+      Vec<Acc> products[vector];
+      for (int64_t i = 0; i < vector; ++i) {
+        const int64_t row = std::min(lane + i, block.size() - 1);
+        products[i] = multiply_rows(grad_outputs.row(row), outputs.row(row), params_.value_dim);
       }
-      Acc parts[vector];
-      product.store(parts);
-      Acc delta = 0;
-      for (const Acc part : parts) delta += part;
-      delta_[i] = grad_logsumexp == nullptr ? delta : delta - grad_logsumexp[first + i];
+      sum_each(products).store(delta_ + lane);
+    }
+    for (int64_t i = 0; i < block.size(); ++i) {
+      if (grad_logsumexp != nullptr) delta_[i] -= grad_logsumexp[first + i];
       logsumexp_[i] = logsumexp[i] * static_cast<Acc>(log2_of_e);
     }
     std::fill(logsumexp_ + block.size(), logsumexp_ + lanes_, infinity);
@@ -168,50 +164,50 @@ class BackwardBlock {
 
   /// From products to gradients, for a group of keys: weights_ (of the values, dropout applied), grad_scores_ in both
   /// forms, and the sums of dz * z. `first_row` is the group's place in the tile.
+  template <bool masked, bool drops, bool capped>
   void differentiate_scores(
       const ScoreTransform<M>& transform,
-      const TileMask<Acc>* mask,
+      const TileMask<Acc>& mask,
       int64_t first_row,
       Range group,
       Range lanes,
       int64_t first_query,
       DropoutLanes<Acc>& dropout) {
-    const bool drops = params_.dropout.enabled();
     const Vec<Acc> zero(Acc(0));
     const Vec<Acc> inverse_keep(static_cast<Acc>(params_.dropout.inverse_keep));
+    const int64_t count = lanes_; // the compiler can't know that no store changes the member
     for (int64_t lane = lanes.begin; lane < lanes.end; lane += vector) {
+      const Acc* const scores = scores_ + lane;
+      const Acc* const grad_weights = grad_weights_ + lane;
+      M* const weights = weights_ + lane / terms;
+      M* const grad_scores_by_key = grad_scores_ + lane / terms;
+      M* const grad_scores_by_query = grad_scores_by_query_ + first_row / terms * count + lane;
       const Vec<Acc> logsumexp = Vec<Acc>::loadu(logsumexp_ + lane);
       const Vec<Acc> delta = Vec<Acc>::loadu(delta_ + lane);
       Vec<Acc> temperature = Vec<Acc>::loadu(temperature_ + lane);
       for (int64_t step = 0; step < steps<M>(group.size()); ++step) {
         Vec<Acc> grad_scores[terms];
+        WMHA_UNROLL
         for (int64_t term = 0; term < terms; ++term) {
           const int64_t row = step * terms + term;
           const int64_t key = group.begin + row;
-          grad_scores[term] = zero;
-          if (terms > 1 && key >= group.end) continue;
-          const Vec<Acc> z = transform(Vec<Acc>::loadu(scores_ + row * lanes_ + lane));
-          Vec<Acc> weight = exp2(z - logsumexp);
-          Vec<Acc> grad_weight = Vec<Acc>::loadu(grad_weights_ + row * lanes_ + lane);
+          const auto seen = [&](Vec<Acc> x) { return masked ? mask.seen(first_row + row, lane).select(x, zero) : x; };
+          const Vec<Acc> z = transform.template score<capped>(Vec<Acc>::loadu(scores + row * count));
+          const Vec<Acc> weight = exp2(z - logsumexp);
+          Vec<Acc> grad_weight = Vec<Acc>::loadu(grad_weights + row * count);
           Vec<Acc> value_weight = weight;
-          if (drops) {
+          if constexpr (drops) {
             if (row == 0 || key % Dropout::group == 0) dropout.draw(key, first_query + lane);
             grad_weight = dropout.keep(grad_weight * inverse_keep, key);
             value_weight = dropout.keep(weight * inverse_keep, key);
           }
-          const Vec<Acc> grad_z = weight * (grad_weight - delta);
-          Vec<Acc> share = grad_z * z;
-          grad_scores[term] = grad_z * transform.derivative(z);
-          if (mask != nullptr) {
-            share = mask->select(share, zero, first_row + row, lane);
-            value_weight = mask->select(value_weight, zero, first_row + row, lane);
-            grad_scores[term] = mask->select(grad_scores[term], zero, first_row + row, lane);
-          }
-          temperature = temperature + share;
-          Multiplicand<M>::store_neighbours(value_weight, weights_ + row * lane_steps() + lane / terms);
-          Multiplicand<M>::store_neighbours(grad_scores[term], grad_scores_ + row * lane_steps() + lane / terms);
+          const Vec<Acc> grad_z = seen(weight * (grad_weight - delta));
+          temperature = at::vec::fmadd(grad_z, seen(z), temperature);
+          grad_scores[term] = grad_z * seen(transform.template derivative<capped>(z));
+          Multiplicand<M>::store_neighbours(seen(value_weight), weights + row * (count / terms));
+          Multiplicand<M>::store_neighbours(grad_scores[term], grad_scores_by_key + row * (count / terms));
         }
-        Multiplicand<M>::store(grad_scores, grad_scores_by_query_ + (first_row / terms + step) * lanes_ + lane);
+        Multiplicand<M>::store(grad_scores, grad_scores_by_query + step * count);
       }
       temperature.store(temperature_ + lane);
     }
@@ -245,18 +241,15 @@ class BackwardBlock {
   // Of a tile of keys:
   Buffer<M> grad_scores_by_query_; // [steps(key_block)][lanes]
   // Rows of tensors, where they can't be read in place:
-  Buffer<M> query_left_;         // [query_block][key_width]
-  Buffer<M> query_right_;        // [query_block][key_width]
-  Buffer<M> grad_output_left_;   // [query_block][value_width]
-  Buffer<M> grad_output_right_;  // [query_block][value_width]
-  Buffer<Acc> grad_output_rows_; // [query_block][value_width]
-  Buffer<Acc> output_rows_;      // [query_block][value_width]
-  Buffer<M> key_left_;           // [key_block][key_width]
-  Buffer<M> key_right_;          // [key_block][key_width]
-  Buffer<M> value_left_;         // [key_block][value_width]
-  int64_t next_query_ = 0;       // to prefetch
-  int64_t next_key_ = 0;
-  int64_t next_rows_ = 0;      // of each, between two tiles
+  Buffer<M> query_left_;        // [query_block][key_width]
+  Buffer<M> query_right_;       // [query_block][key_width]
+  Buffer<M> grad_output_left_;  // [query_block][value_width]
+  Buffer<M> grad_output_right_; // [query_block][value_width]
+  PackedKeys<T, LeftForm<T>> left_keys_;
+  PackedKeys<T, RightForm<T>> right_keys_; // unless they are the same
+  PackedKeys<T, LeftForm<T>> left_values_;
+  RowsAhead<T> ahead_[5];
+  int64_t rows_ahead_ = 0;     // of each, between two groups
   int64_t lanes_ = 0;          // queries of this block, in whole vectors
   Acc logsumexp_[query_block]; // times log2 e
   Acc delta_[query_block];

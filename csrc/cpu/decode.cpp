@@ -117,12 +117,6 @@ class DecodeBlock {
     }
   }
 
-  static Vec<Acc> load(const Acc* place) { return Vec<Acc>::loadu(place); }
-  template <typename Half>
-  static Vec<Acc> load(const Half* place) {
-    return load_as_float(place);
-  }
-
   /// Products of the query with so many keys, at most a vector of them, in one lane each.
   template <typename Key>
   Vec<Acc> multiply(const Acc* query, RowMajor<const Key> keys, int64_t count) {
@@ -136,7 +130,7 @@ class DecodeBlock {
     for (int64_t d = 0; d < key_width_; d += vector) {
       const Vec<Acc> features = Vec<Acc>::loadu(query + d);
       WMHA_UNROLL
-      for (int64_t k = 0; k < vector; ++k) sums[k] = at::vec::fmadd(features, load(row[k] + d), sums[k]);
+      for (int64_t k = 0; k < vector; ++k) sums[k] = at::vec::fmadd(features, load_as_acc(row[k] + d), sums[k]);
     }
     return sum_each(sums);
   }
@@ -204,7 +198,7 @@ class DecodeBlock {
       const Vec<Acc> weight(weights[key]);
       const Value* value = values.row(key) + first;
       WMHA_UNROLL
-      for (int c = 0; c < C; ++c) sums[c] = at::vec::fmadd(weight, load(value + c * vector), sums[c]);
+      for (int c = 0; c < C; ++c) sums[c] = at::vec::fmadd(weight, load_as_acc(value + c * vector), sums[c]);
     };
     int64_t key = keys.begin;
     for (; key + 1 < keys.end; key += 2) {

@@ -39,14 +39,15 @@ class ForwardBlock {
         scores_(key_block * query_block),
         own_weights_(weights_in_place ? 0 : key_block * query_block),
         weights_(weights_in_place ? reinterpret_cast<M*>(static_cast<Acc*>(scores_)) : own_weights_),
-        rows_(std::max(key_block, query_block) * whole_columns<M>(params.key_dim)),
-        value_rows_(key_block * whole_columns<M>(params.value_dim)) {}
+        query_rows_(query_block * left_width<M>(params.key_dim)),
+        keys_(params.key_dim, most_keys_of_block(params), params.keys()),
+        values_(params.value_dim, most_keys_of_block(params), params.keys()) {}
 
   void run(int64_t batch, int64_t head, Range block) {
     lanes_ = whole_columns<M>(block.size());
     const ScoreTransform<M> transform(params_, head);
     const Visibility visibility(params_.window, block);
-    const auto queries = left_rows<M>(rows_of<T>(params_.query, batch, head, block, params_.key_dim), rows_);
+    const auto queries = left_rows<M>(rows_of<T>(params_.query, batch, head, block, params_.key_dim), query_rows_);
     pack_columns(queries, block.size(), steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
     output_.start(lanes_);
     std::fill_n(maximum_, lanes_, -infinity);
@@ -55,33 +56,32 @@ class ForwardBlock {
 
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
     const Range keys = params_.window.keys_of(block);
-    next_query_ = block.end;
-    next_key_ = keys.end;
-    next_rows_ = ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1));
+    oldest_ = keys.begin;
+    look_ahead(batch, head, block, keys);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
       compute_scores(batch, head, transform, visibility, tile);
-      compute_weights(visibility, tile, block.begin, dropout);
+      with_flags(
+          [&](auto drops) { compute_weights<drops>(visibility, tile, block.begin, dropout); },
+          params_.dropout.enabled());
       add_values(batch, head, visibility, tile);
     }
     store(batch, head, visibility, block);
   }
 
  private:
-  /// Brings a few rows more of what the next block of queries will need into the cache: called between tiles, so that
-  /// memory is seldom waited for. (It saves a tenth of the time, with narrow windows a third.)
-  void prefetch_next(int64_t batch, int64_t head) {
+  /// What the next block of queries will need comes into the cache a few rows at a time, between tiles, so that memory
+  /// is seldom waited for. (It saves a tenth of the time, with narrow windows a third.)
+  void look_ahead(int64_t batch, int64_t head, Range block, Range keys) {
+    const auto ahead = [&](const auto& view, int64_t head, int64_t first, int64_t positions, int64_t dim) {
+      return RowsAhead<T>(view, batch, head, first, query_block, positions, dim);
+    };
     const int64_t kv_head = params_.kv_head(head);
-    for (int64_t i = 0; i < next_rows_; ++i, ++next_query_, ++next_key_) {
-      if (next_query_ < params_.queries) {
-        prefetch(at<T>(params_.query, batch, head, next_query_), params_.key_dim);
-        prefetch<T, true>(at<T>(params_.output, batch, head, next_query_), params_.value_dim);
-      }
-      if (next_key_ < params_.keys()) {
-        prefetch(at<T>(params_.key, batch, kv_head, next_key_), params_.key_dim);
-        prefetch(at<T>(params_.value, batch, kv_head, next_key_), params_.value_dim);
-      }
-    }
+    ahead_[0] = ahead(params_.query, head, block.end, params_.queries, params_.key_dim);
+    ahead_[1] = ahead(params_.output, head, block.end, params_.queries, params_.value_dim);
+    ahead_[2] = ahead(params_.key, kv_head, keys.end, params_.keys(), params_.key_dim);
+    ahead_[3] = ahead(params_.value, kv_head, keys.end, params_.keys(), params_.value_dim);
+    rows_ahead_ = ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1));
   }
 
   /// scores_ of the keys and queries of the tile that see each other, in whole groups and vectors; maximum_.
@@ -91,33 +91,40 @@ class ForwardBlock {
       const ScoreTransform<M>& transform,
       const Visibility& visibility,
       Range tile) {
-    const auto keys = left_rows<M>(rows_of<T>(params_.key, batch, params_.kv_head(head), tile, params_.key_dim), rows_);
+    const auto keys = keys_.of(params_.key, batch, params_.kv_head(head), tile, oldest_);
     const TileMask<Acc> mask(visibility, tile);
     const int64_t depth = steps<M>(params_.key_dim);
     Range seeing{0, 0};
     for (int64_t key = tile.begin; key < tile.end; key += tile_rows) {
       const Range group{key, std::min(key + tile_rows, tile.end)};
-      prefetch_next(batch, head);
+      for (RowsAhead<T>& ahead : ahead_) ahead.fetch(rows_ahead_);
       seeing = visibility.of_keys(group, seeing);
       const Range lanes = whole_columns<M>(seeing);
       const LeftRows<M> left({keys.row(key - tile.begin), keys.row_stride}, group.size());
       const RowMajor<Acc> scores{scores_ + (key - tile.begin) * lanes_, lanes_};
-      const bool masked = !visibility.all_see(group, lanes);
-      if (masked || transform.cap > 0) {
+      const Range whole{key, key + whole_terms<M>(group.size())};
+      if (transform.cap > 0 || !visibility.all_see(whole, lanes)) {
         const StoreTo<Acc> target{scores};
         multiply<M>(lanes.begin / vector, lanes.end / vector, depth, left, {packed_query_, lanes_}, target);
-        finish_scores(transform, masked ? &mask : nullptr, scores, key - tile.begin, group.size(), lanes);
+        with_mask<Acc>(visibility, whole, lanes, [&](auto masked, Range lanes) {
+          with_flags(
+              [&](auto capped) {
+                finish_scores<masked, capped>(transform, mask, scores, key - tile.begin, whole.size(), lanes);
+              },
+              transform.cap > 0);
+        });
       } else {
-        const StoreScores<M> target{scores, group.size(), maximum_, transform.factor};
+        const StoreScores<M> target{scores, maximum_, transform.factor};
         multiply<M>(lanes.begin / vector, lanes.end / vector, depth, left, {packed_query_, lanes_}, target);
       }
     }
   }
 
   /// From products to scores, the unseen ones -inf, and to maximum_. `first` is relative to the tile.
+  template <bool masked, bool capped>
   void finish_scores(
       const ScoreTransform<M>& transform,
-      const TileMask<Acc>* mask,
+      const TileMask<Acc>& mask,
       RowMajor<Acc> scores,
       int64_t first,
       int64_t keys,
@@ -126,8 +133,8 @@ class ForwardBlock {
       Vec<Acc> largest = Vec<Acc>::loadu(maximum_ + lane);
       for (int64_t key = 0; key < keys; ++key) {
         Acc* place = scores.row(key) + lane;
-        Vec<Acc> score = transform(Vec<Acc>::loadu(place));
-        if (mask != nullptr) score = mask->select(score, Vec<Acc>(-infinity), first + key, lane);
+        Vec<Acc> score = transform.template score<capped>(Vec<Acc>::loadu(place));
+        if constexpr (masked) score = mask.seen(first + key, lane).select(score, Vec<Acc>(-infinity));
         largest = larger(score, largest);
         score.store(place);
       }
@@ -137,8 +144,8 @@ class ForwardBlock {
 
   /// From scores to weights 2^(score - reference), and to their sums. The reference is the largest score so far;
   /// rescale_ becomes the factor for what was summed up under the one before.
+  template <bool drops>
   void compute_weights(const Visibility& visibility, Range tile, int64_t first_query, DropoutLanes<Acc>& dropout) {
-    const bool drops = params_.dropout.enabled();
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
       const Range columns = whole_columns<M>(Range{lane, lane + 1});
       const Range seen = visibility.of_queries(columns.begin, columns.end, tile);
@@ -147,19 +154,17 @@ class ForwardBlock {
       const Vec<Acc> reference = Vec<Acc>::blendv(maximum, Vec<Acc>(Acc(0)), maximum == Vec<Acc>(-infinity));
       const Vec<Acc> rescale = exp2(Vec<Acc>::loadu(reference_ + lane) - reference);
       Vec<Acc> sum = Vec<Acc>::loadu(sum_ + lane) * rescale;
-      const Range rows{seen.begin - tile.begin, seen.end - tile.begin};
-      const Range range = steps<M>(rows);
+      const Range range = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
       for (int64_t step = range.begin; step < range.end; ++step) {
         Vec<Acc> weights[terms];
+        WMHA_UNROLL
         for (int64_t term = 0; term < terms; ++term) {
           const int64_t row = step * terms + term;
-          weights[term] = Vec<Acc>(Acc(0));
-          if (terms > 1 && (row < rows.begin || row >= rows.end)) continue;
           weights[term] = exp2(Vec<Acc>::loadu(scores_ + row * lanes_ + lane) - reference);
           sum = sum + weights[term];
-          if (drops) {
+          if constexpr (drops) {
             const int64_t key = tile.begin + row;
-            if (row == rows.begin || key % Dropout::group == 0) dropout.draw(key, first_query + lane);
+            if (row == range.begin * terms || key % Dropout::group == 0) dropout.draw(key, first_query + lane);
             weights[term] = dropout.keep(weights[term], key);
           }
         }
@@ -173,14 +178,11 @@ class ForwardBlock {
 
   /// output = rescale * output + sum over keys of weight * value
   void add_values(int64_t batch, int64_t head, const Visibility& visibility, Range tile) {
-    const auto values = right_rows<M>(
-        rows_of<T>(params_.value, batch, params_.kv_head(head), tile, params_.value_dim), {0, tile.size()},
-        value_rows_);
+    const auto values = values_.of(params_.value, batch, params_.kv_head(head), tile, oldest_);
     output_.add(visibility, tile, weights_, values, rescale_);
   }
 
   void store(int64_t batch, int64_t head, const Visibility& visibility, Range block) {
-    const auto output = at<T>(params_.output, batch, head, block.begin);
     const auto inverse_keep = static_cast<Acc>(params_.dropout.inverse_keep);
     Acc* logsumexp =
         static_cast<Acc*>(params_.logsumexp) + (batch * params_.heads + head) * params_.queries + block.begin;
@@ -189,28 +191,28 @@ class ForwardBlock {
       const Vec<Acc> natural = log * Vec<Acc>(static_cast<Acc>(ln_of_2));
       natural.store(logsumexp_ + lane);
     }
-    const RowMajor<const Acc> sums = output_.rows();
     for (int64_t i = 0; i < block.size(); ++i) {
       const bool sees_none = visibility.keys[i].size() == 0;
       logsumexp[i] = sees_none ? -infinity : logsumexp_[i];
-      const Acc normalizer = sees_none ? Acc(0) : inverse_keep / sum_[i];
-      store_row(sums.row(i), params_.value_dim, normalizer, output + i * params_.output.position_stride);
+      sum_[i] = sees_none ? Acc(0) : inverse_keep / sum_[i];
     }
+    output_.store(sum_, block.size(), at<T>(params_.output, batch, head, block.begin), params_.output.position_stride);
   }
 
   const AttentionParams& params_;
   [[no_unique_address]] TileRegisters tile_registers_;
   Buffer<M> packed_query_; // [steps(key_dim)][lanes]
   QuerySums<T> output_;
-  Buffer<Acc> scores_;     // [key_block][lanes]
-  Buffer<M> own_weights_;  // unless they are in place
-  M* const weights_;       // [steps(key_block)][lanes]
-  Buffer<M> rows_;         // [query_block or key_block][whole_columns(key_dim)]
-  Buffer<M> value_rows_;   // [steps(key_block)][whole_columns(value_dim)]
-  int64_t next_query_ = 0; // to prefetch
-  int64_t next_key_ = 0;
-  int64_t next_rows_ = 0; // of each, between two tiles
-  int64_t lanes_ = 0;     // queries of this block, in whole vectors
+  Buffer<Acc> scores_;    // [key_block][lanes]
+  Buffer<M> own_weights_; // unless they are in place
+  M* const weights_;      // [steps(key_block)][lanes]
+  Buffer<M> query_rows_;  // [query_block][left_width(key_dim)]
+  PackedKeys<T, LeftForm<T>> keys_;
+  PackedKeys<T, RightForm<T>> values_;
+  int64_t oldest_ = 0; // key that the block sees
+  RowsAhead<T> ahead_[4];
+  int64_t rows_ahead_ = 0; // of each, between two tiles
+  int64_t lanes_ = 0;      // queries of this block, in whole vectors
   alignas(64) Acc maximum_[query_block];
   Acc reference_[query_block];
   Acc sum_[query_block];

@@ -41,7 +41,7 @@ class KeyGradients {
         workspace_(workspace),
         key_width_(whole_columns<multiplicand_type<T>>(params.key_dim)),
         value_width_(whole_columns<multiplicand_type<T>>(params.value_dim)),
-        capacity_(std::min(2 * most_keys_in_sight(params) + key_slack, schedule.most_keys)),
+        capacity_(std::min(2 * most_keys_of_block(params) + key_slack, schedule.most_keys)),
         grad_key_((capacity_ + tile_rows) * key_width_),
         grad_value_((capacity_ + tile_rows) * value_width_) {}
 
@@ -75,15 +75,6 @@ class KeyGradients {
 
  private:
   static constexpr int64_t key_slack = 256; // so that the buffer is moved seldom
-
-  static int64_t most_keys_in_sight(const AttentionParams& params) {
-    int64_t most = 0;
-    for (int64_t first = 0; first < params.queries; first += query_block) {
-      const Range block{first, std::min(first + query_block, params.queries)};
-      most = std::max(most, params.window.keys_of(block).size());
-    }
-    return most;
-  }
 
   void write_until(int64_t key) {
     for (; first_ < std::min(key, end_); ++first_) {

@@ -29,6 +29,19 @@ Vec<Acc> larger(Vec<Acc> score, Vec<Acc> other) {
 // Arrays live in registers only if every loop over them is unrolled before anything else happens.
 #define WMHA_UNROLL _Pragma("GCC unroll 16")
 
+/// function(constants...), each of the flags as a std::true_type or std::false_type: loops are compiled once for each.
+template <typename Function>
+void with_flags(const Function& function) {
+  function();
+}
+template <typename Function, typename... Flags>
+void with_flags(const Function& function, bool flag, Flags... flags) {
+  const auto with = [&](auto constant) {
+    with_flags([&](auto... constants) { function(constant, constants...); }, flags...);
+  };
+  flag ? with(std::true_type()) : with(std::false_type());
+}
+
 /// A row-major matrix: element (r, c) lies at data[r * row_stride + c].
 template <typename T>
 struct RowMajor {
@@ -102,6 +115,10 @@ template <typename T>
 using multiplicand_type = acc_type<T>;
 #endif
 
+/// Are tensors of element type T multiplied in pairs?
+template <typename T>
+constexpr bool multiplies_pairs = Multiplicand<multiplicand_type<T>>::terms == 2;
+
 /// Are scores scaled after the product? Queries of bf16 can't be scaled before it without another rounding.
 template <typename M>
 constexpr bool scales_products = !std::is_same_v<M, typename Multiplicand<M>::Sum>;
@@ -121,6 +138,12 @@ constexpr Range steps(Range terms) {
   constexpr int64_t tile = Multiplicand<M>::steps_at_once;
   const int64_t first = terms.begin / Multiplicand<M>::terms / tile * tile;
   return {first, terms.size() > 0 ? steps<M>(terms.end) : first};
+}
+
+/// The terms that a sum of so many takes, whole tiles of them.
+template <typename M>
+constexpr int64_t whole_terms(int64_t terms) {
+  return steps<M>(terms) * Multiplicand<M>::terms;
 }
 
 /// So many columns, rounded up to whole tiles.

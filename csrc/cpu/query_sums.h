@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "packed_keys.h"
 #include "rows.h"
 #include "schedule.h"
 #include "scores.h"
@@ -25,8 +26,8 @@ class QuerySums {
       : dim_(dim),
         width_(whole_columns<M>(dim)),
         sums_(width_ * query_block),
-        rows_(query_block * width_),
-        right_columns_(width_ * steps<M>(key_block)) {}
+        pairs_(width_ / 2 * query_block),
+        rows_(query_block * width_ / 2) {}
 
   /// All sums become 0. The columns of `left` are `lanes`, whole tiles.
   void start(int64_t lanes) {
@@ -35,7 +36,8 @@ class QuerySums {
     std::fill_n(sums_.data(), width_ * lanes_, 0.0f);
   }
 
-  /// sum = factors * sum + left^T right, where factors are one for each query, if any. left: [steps(tile)][lanes].
+  /// sum = factors * sum + left^T right, where factors are one for each query, if any. left: [steps(tile)][lanes],
+  /// right: the tile's keys in RightForm.
   void add(
       const Visibility& visibility,
       Range tile,
@@ -44,24 +46,40 @@ class QuerySums {
       const float* factors = nullptr) {
     if (factors != nullptr && !empty_) scale(factors);
     empty_ = false;
-    const int64_t stride = steps<M>(tile.size());
-    pack_columns(right, stride, dim_, stride, 1.0f, right_columns_);
+    const int64_t group_size = RightForm<T>::group_size(dim_);
     for (int64_t lane = 0; lane < lanes_; lane += Multiplicand<M>::columns) {
       const Range columns{lane / Vec<float>::size(), (lane + Multiplicand<M>::columns) / Vec<float>::size()};
       const Range seen = visibility.of_queries(lane, lane + Multiplicand<M>::columns, tile);
       const Range depth = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
+      const M* const groups = right.data + depth.begin / RightForm<T>::group_steps * group_size;
       for (int64_t d = 0; d < dim_; d += tile_rows) {
-        const LeftRows<M> features({right_columns_ + d * stride + depth.begin, stride}, tile_rows);
+        const LeftRows<M> features({groups + d * right.row_stride, right.row_stride}, tile_rows, group_size);
         const AddTo<float> target{{sums_ + d * lanes_, lanes_}};
         multiply<M>(columns.begin, columns.end, depth.size(), features, {left + depth.begin * lanes_, lanes_}, target);
       }
     }
   }
 
-  /// The sums, a row for each query.
-  RowMajor<const float> rows() {
-    at::vec::transpose_mxn<float>(sums_, lanes_, rows_, width_, static_cast<int>(dim_), static_cast<int>(lanes_));
-    return {rows_, width_};
+  /// Rows of `target` become the sums of `count` queries, times their factors, if any.
+  void store(const float* factors, int64_t count, T* target, int64_t stride) {
+    constexpr int64_t vector = Vec<float>::size();
+    for (int64_t lane = 0; lane < lanes_; lane += vector) {
+      const Vec<float> factor = factors == nullptr ? Vec<float>(1.0f) : Vec<float>::loadu(factors + lane);
+      for (int64_t pair = 0; pair < width_ / 2; ++pair) { // of neighbouring features
+        const float* place = sums_ + 2 * pair * lanes_ + lane;
+        const Vec<float> features[] = {factor * Vec<float>::loadu(place), factor * Vec<float>::loadu(place + lanes_)};
+        Multiplicand<M>::store(features, pairs_ + pair * lanes_ + lane);
+      }
+    }
+    const RowMajor<const M> pairs{pairs_, lanes_};
+    if (dim_ == width_ && stride % 2 == 0) {
+      transpose<M>(pairs, width_ / 2, count, {reinterpret_cast<M*>(target), stride / 2});
+    } else {
+      transpose<M>(pairs, width_ / 2, count, {rows_, width_ / 2});
+      for (int64_t i = 0; i < count; ++i) {
+        std::copy_n(reinterpret_cast<const T*>(rows_ + i * (width_ / 2)), dim_, target + i * stride);
+      }
+    }
   }
 
  private:
@@ -76,9 +94,9 @@ class QuerySums {
 
   const int64_t dim_;
   const int64_t width_;
-  Buffer<float> sums_;      // [width][lanes]
-  Buffer<float> rows_;      // [query_block][width]
-  Buffer<M> right_columns_; // [width][steps(tile)]
+  Buffer<float> sums_; // [width][lanes]
+  Buffer<M> pairs_;    // [width / 2][lanes]
+  Buffer<M> rows_;     // [query_block][width / 2]
   int64_t lanes_ = 0;
   bool empty_ = true;
 };
@@ -121,7 +139,7 @@ class QuerySums {
   using Acc = acc_type<T>;
 
  public:
-  explicit QuerySums(int64_t dim) : width_(whole_columns<M>(dim)), sums_(query_block * width_) {}
+  explicit QuerySums(int64_t dim) : dim_(dim), width_(whole_columns<M>(dim)), sums_(query_block * width_) {}
 
   /// All sums become 0. The columns of `left` are `lanes`, whole tiles.
   void start(int64_t lanes) {
@@ -129,7 +147,8 @@ class QuerySums {
     std::fill_n(sums_.data(), lanes * width_, Acc(0));
   }
 
-  /// sum = factors * sum + left^T right, where factors are one for each query, if any. left: [steps(tile)][lanes].
+  /// sum = factors * sum + left^T right, where factors are one for each query, if any. left: [steps(tile)][lanes],
+  /// right: the tile's keys in RightForm.
   void add(
       const Visibility& visibility,
       Range tile,
@@ -151,10 +170,15 @@ class QuerySums {
     }
   }
 
-  /// The sums, a row for each query.
-  RowMajor<const Acc> rows() const { return {sums_, width_}; }
+  /// Rows of `target` become the sums of `count` queries, times their factors, if any.
+  void store(const Acc* factors, int64_t count, T* target, int64_t stride) const {
+    for (int64_t i = 0; i < count; ++i) {
+      store_row(sums_ + i * width_, dim_, factors == nullptr ? Acc(1) : factors[i], target + i * stride);
+    }
+  }
 
  private:
+  const int64_t dim_;
   const int64_t width_;
   Buffer<Acc> sums_; // [query_block][width]
   int64_t lanes_ = 0;

@@ -67,31 +67,88 @@ Rows<T> rows_of(const TensorView<Pointer>& view, int64_t batch, int64_t head, Ra
   return {at<T>(view, batch, head, positions.begin), view.position_stride, positions.size(), dim};
 }
 
-/// Brings a row into the second cache, to be read or (for_writing) overwritten.
-template <typename T, bool for_writing = false>
+/// Brings a row into the second cache.
+template <typename T>
 void prefetch(const T* row, int64_t dim) {
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d, for_writing, 2);
+  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d, /*for writing*/ 0, 2);
 }
 
-inline at::vec::Vectorized<float> load_as_float(const c10::BFloat16* source) {
+/// Rows of a tensor that will be needed soon, to be brought into the second cache a few at a time.
+template <typename T>
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  /// The positions [first, first + count) that there are of `positions`.
+  template <typename Pointer>
+  RowsAhead(
+      const TensorView<Pointer>& view,
+      int64_t batch,
+      int64_t head,
+      int64_t first,
+      int64_t count,
+      int64_t positions,
+      int64_t dim)
+      : row_(at<T>(view, batch, head, first)),
+        stride_(view.position_stride),
+        count_(std::min(count, positions - first)),
+        dim_(dim) {}
+
+  void fetch(int64_t rows) {
+    for (; rows > 0 && count_ > 0; --rows, --count_, row_ += stride_) prefetch(row_, dim_);
+  }
+
+ private:
+  const T* row_ = nullptr;
+  int64_t stride_ = 0;
+  int64_t count_ = 0;
+  int64_t dim_ = 0;
+};
+
+inline at::vec::Vectorized<float> load_as_acc(const c10::BFloat16* source) {
   at::vec::Vectorized<float> converted;
   at::vec::load_fp32_from_bf16(source, converted);
   return converted;
 }
 
-inline at::vec::Vectorized<float> load_as_float(const c10::Half* source) {
+inline at::vec::Vectorized<float> load_as_acc(const c10::Half* source) {
   at::vec::Vectorized<float> converted;
   at::vec::load_fp32_from_fp16(source, converted);
   return converted;
 }
 
+inline at::vec::Vectorized<float> load_as_acc(const float* source) { return at::vec::Vectorized<float>::loadu(source); }
+
+inline at::vec::Vectorized<double> load_as_acc(const double* source) {
+  return at::vec::Vectorized<double>::loadu(source);
+}
+
+/// Sums up to the product of two rows.
+template <typename T>
+Vec<acc_type<T>> multiply_rows(const T* left, const T* right, int64_t dim) {
+  using Acc = acc_type<T>;
+  Vec<Acc> sums(Acc(0));
+  int64_t d = 0;
+  for (; d + Vec<Acc>::size() <= dim; d += Vec<Acc>::size()) {
+    sums = at::vec::fmadd(load_as_acc(left + d), load_as_acc(right + d), sums);
+  }
+  if (d == dim) return sums;
+  Acc rest[2][Vec<Acc>::size()] = {};
+  std::copy(left + d, left + dim, rest[0]);
+  std::copy(right + d, right + dim, rest[1]);
+  return at::vec::fmadd(Vec<Acc>::loadu(rest[0]), Vec<Acc>::loadu(rest[1]), sums);
+}
+
 template <typename T>
 at::vec::Vectorized<T> round_to(at::vec::Vectorized<float> low, at::vec::Vectorized<float> high) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
   if constexpr (std::is_same_v<T, c10::Half>)
     return at::vec::convert_float_half(low, high);
   else
     return at::vec::convert_float_bfloat16(low, high);
+#endif
 }
 
 #if defined(CPU_CAPABILITY_AVX512_BF16)
@@ -105,20 +162,26 @@ inline void interleave(const c10::BFloat16* low, const c10::BFloat16* high, int6
 }
 #endif
 
-/// The rows in the type of the arithmetic, padded to whole vectors, zeros behind each. Points at the rows themselves
-/// where they already are that; else copies into `scratch` (count x padded(dim)).
+/// Are the rows in the type of the arithmetic, and whole vectors?
+template <typename Acc, typename T>
+bool are_loaded(Rows<T> rows) {
+  return std::is_same_v<T, Acc> && padded<Acc>(rows.dim) == rows.dim;
+}
+
+/// The rows in the type of the arithmetic, padded to whole vectors, zeros behind each: the rows themselves where they
+/// already are that, else a copy in `scratch` (count x padded(dim)).
 template <typename Acc, typename T>
 RowMajor<const Acc> load_rows(Rows<T> rows, Acc* scratch) {
-  const int64_t width = padded<Acc>(rows.dim);
   if constexpr (std::is_same_v<T, Acc>) {
-    if (width == rows.dim) return {rows.data, rows.stride};
+    if (are_loaded<Acc>(rows)) return {rows.data, rows.stride};
   }
+  const int64_t width = padded<Acc>(rows.dim);
   for (int64_t r = 0; r < rows.count; ++r) {
     const T* from = rows.row(r);
     Acc* to = scratch + r * width;
     int64_t d = 0;
     if constexpr (!std::is_same_v<T, Acc>) {
-      for (; d + Vec<Acc>::size() <= rows.dim; d += Vec<Acc>::size()) load_as_float(from + d).store(to + d);
+      for (; d + Vec<Acc>::size() <= rows.dim; d += Vec<Acc>::size()) load_as_acc(from + d).store(to + d);
     }
     for (; d < rows.dim; ++d) to[d] = static_cast<Acc>(from[d]);
     for (; d < width; ++d) to[d] = Acc(0);
@@ -126,17 +189,30 @@ RowMajor<const Acc> load_rows(Rows<T> rows, Acc* scratch) {
   return {scratch, width};
 }
 
-/// The rows as a left operand, multiplicands along the features: [count, whole tiles of them][steps(dim)]. Rows beyond
-/// the last hold anything.
+/// Are the rows a left operand?
+template <typename M, typename T>
+bool are_left(Rows<T> rows) {
+  constexpr int64_t terms = Multiplicand<M>::terms;
+  if constexpr (terms == 1) return are_loaded<M>(rows);
+  return rows.dim == whole_terms<M>(rows.dim) && rows.count % left_rows_at_once == 0 && rows.stride % terms == 0;
+}
+
+/// The stride of rows that were copied to be a left operand.
+template <typename M>
+constexpr int64_t left_width(int64_t dim) {
+  return Multiplicand<M>::terms == 1 ? whole_columns<M>(dim) : steps<M>(dim);
+}
+
+/// The rows as a left operand, multiplicands along the features: [count, whole tiles of them][steps(dim)]. The rows
+/// themselves where they already are that, else a copy in `scratch`. Rows beyond the last hold anything.
 template <typename M, typename T>
 RowMajor<const M> left_rows(Rows<T> rows, M* scratch) {
   if constexpr (Multiplicand<M>::terms == 1) {
     return load_rows<M>(rows, scratch);
   } else {
     constexpr int64_t terms = Multiplicand<M>::terms;
-    const int64_t width = steps<M>(rows.dim);
-    const bool whole = rows.dim == width * terms && rows.count % left_rows_at_once == 0;
-    if (whole && rows.stride % terms == 0) return {reinterpret_cast<const M*>(rows.data), rows.stride / terms};
+    if (are_left<M>(rows)) return {reinterpret_cast<const M*>(rows.data), rows.stride / terms};
+    const int64_t width = left_width<M>(rows.dim);
     for (int64_t r = 0; r < rows.count; ++r) {
       T* to = reinterpret_cast<T*>(scratch + r * width);
       std::copy_n(rows.row(r), rows.dim, to);
@@ -168,6 +244,16 @@ RowMajor<const M> right_rows(Rows<T> rows, Range used, M* scratch) {
   }
 }
 
+/// columns[d][r] = rows[r][d] for r < count and d < depth.
+template <typename M>
+void transpose(RowMajor<const M> rows, int64_t count, int64_t depth, RowMajor<M> columns) {
+  using Bits = std::conditional_t<sizeof(M) == sizeof(double), double, float>; // which are moved
+  static_assert(sizeof(M) == sizeof(Bits));
+  at::vec::transpose_mxn<Bits>(
+      reinterpret_cast<const Bits*>(rows.data), rows.row_stride, reinterpret_cast<Bits*>(columns.data),
+      columns.row_stride, static_cast<int>(count), static_cast<int>(depth));
+}
+
 /// A left operand turned into a right one, or back: packed[d][r] = factor * rows[r][d] for d < depth, zeros for r in
 /// [count, lanes).
 /// factor: 1 unless M is a number.
@@ -179,10 +265,7 @@ void pack_columns(
     int64_t lanes,
     Acc factor,
     std::type_identity_t<M>* packed) {
-  static_assert(sizeof(M) == sizeof(Acc));
-  at::vec::transpose_mxn<Acc>( // moves bits
-      reinterpret_cast<const Acc*>(rows.data), rows.row_stride, reinterpret_cast<Acc*>(packed), lanes,
-      static_cast<int>(count), static_cast<int>(depth));
+  transpose<M>(rows, count, depth, {packed, lanes});
   for (int64_t d = 0; d < depth; ++d) {
     M* row = packed + d * lanes;
     std::fill(row + count, row + lanes, M{});

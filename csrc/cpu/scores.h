@@ -20,6 +20,16 @@ constexpr int64_t query_block = 96;
 constexpr int64_t query_block = 48;
 #endif
 
+/// The keys that a block of queries sees, at most.
+inline int64_t most_keys_of_block(const AttentionParams& params) {
+  int64_t most = 0;
+  for (int64_t first = 0; first < params.queries; first += query_block) {
+    const Range block{first, std::min(first + query_block, params.queries)};
+    most = std::max(most, params.window.keys_of(block).size());
+  }
+  return most;
+}
+
 /// Keys of a score tile: the rows of key and value and the scores stay in the first two caches. Without AMX it makes no
 /// difference from 64 to 320 where windows are wide; 96 holds what 48 queries see through a narrow one. With AMX, fewer
 /// tiles are fewer passes over the sums.
@@ -51,14 +61,17 @@ struct ScoreTransform {
         static_cast<Acc>(params.softcap > 0 ? params.scale / params.softcap : params.scale / temperature * log2_of_e);
   }
 
-  Vec<Acc> operator()(Vec<Acc> product) const {
+  /// z * log2 e. capped: cap > 0
+  template <bool capped>
+  Vec<Acc> score(Vec<Acc> product) const {
     if constexpr (scales_products<M>) product = product * Vec<Acc>(factor);
-    return cap > 0 ? Vec<Acc>(cap) * product.tanh() : product;
+    return capped ? Vec<Acc>(cap) * product.tanh() : product;
   }
 
   /// d z / d <q, k> at a score z * log2 e.
+  template <bool capped>
   Vec<Acc> derivative(Vec<Acc> score) const {
-    if (cap == 0) return Vec<Acc>(gradient_factor);
+    if constexpr (!capped) return Vec<Acc>(gradient_factor);
     const Vec<Acc> tanh = score / Vec<Acc>(cap);
     return Vec<Acc>(gradient_factor) * (Vec<Acc>(Acc(1)) - tanh * tanh);
   }
@@ -103,6 +116,27 @@ struct Visibility {
   }
 };
 
+/// Which lanes see a key.
+template <typename Acc>
+struct Seen {
+  Vec<Acc> lanes;
+
+  static Seen between(Vec<Acc> first, Vec<Acc> place, Vec<Acc> end) { return {(first <= place) & (place < end)}; }
+  Vec<Acc> select(Vec<Acc> x, Vec<Acc> otherwise) const { return Vec<Acc>::blendv(otherwise, x, lanes); }
+};
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+struct Seen<float> {
+  __mmask16 lanes;
+
+  static Seen between(Vec<float> first, Vec<float> place, Vec<float> end) {
+    return {_mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(first, place, _CMP_LE_OQ), place, end, _CMP_LT_OQ)};
+  }
+  Vec<float> select(Vec<float> x, Vec<float> otherwise) const { return _mm512_mask_mov_ps(otherwise, lanes, x); }
+};
+#endif
+
 /// Masks for the lanes of one tile.
 template <typename Acc>
 class TileMask {
@@ -114,16 +148,30 @@ class TileMask {
     }
   }
 
-  /// x where the query sees the key, else `otherwise`. `key` is relative to the tile, `lane` the vector's first query.
-  Vec<Acc> select(Vec<Acc> x, Vec<Acc> otherwise, int64_t key, int64_t lane) const {
-    const Vec<Acc> place(static_cast<Acc>(key));
-    const Vec<Acc> seen = (Vec<Acc>::loadu(first_ + lane) <= place) & (place < Vec<Acc>::loadu(end_ + lane));
-    return Vec<Acc>::blendv(otherwise, x, seen);
+  /// `key` is relative to the tile, `lane` the vector's first query.
+  Seen<Acc> seen(int64_t key, int64_t lane) const {
+    return Seen<Acc>::between(
+        Vec<Acc>::loadu(first_ + lane), Vec<Acc>(static_cast<Acc>(key)), Vec<Acc>::loadu(end_ + lane));
   }
 
  private:
   Acc first_[query_block];
   Acc end_[query_block];
 };
+
+/// function(masked, lanes) for vectors of the lanes that see all of the keys (masked: std::false_type), and for those
+/// at either side that don't.
+template <typename Acc, typename Function>
+void with_mask(const Visibility& visibility, Range keys, Range lanes, const Function& function) {
+  constexpr int64_t vector = Vec<Acc>::size();
+  const auto all_see = [&](int64_t lane) { return visibility.all_see(keys, {lane, lane + vector}); };
+  int64_t begin = lanes.begin;
+  while (begin < lanes.end && !all_see(begin)) begin += vector;
+  int64_t end = begin;
+  while (end < lanes.end && all_see(end)) end += vector;
+  if (lanes.begin < begin) function(std::true_type(), Range{lanes.begin, begin});
+  if (begin < end) function(std::false_type(), Range{begin, end});
+  if (end < lanes.end) function(std::true_type(), Range{end, lanes.end});
+}
 
 } // namespace wmha::cpu::CPU_CAPABILITY

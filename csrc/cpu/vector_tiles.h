@@ -154,13 +154,12 @@ struct AddTo {
 };
 
 /// A target: rows of `scores` become the product times `factor` (where scores are scaled after the product), and
-/// `maximum` the largest of each column and itself.
+/// `maximum` the largest of each column and itself. (Beyond the last row, LeftRows repeats it.)
 template <typename M>
 struct StoreScores {
   using Acc = typename Multiplicand<M>::Sum;
 
   RowMajor<Acc> scores;
-  int64_t rows; // beyond, LeftRows repeats the last one
   Acc* maximum;
   Acc factor;
 

@@ -57,6 +57,34 @@ TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
   }
 }
 
+// ---- Keys that are packed once for many blocks of queries ----
+
+TEST_P(CpuKernels, KeepPackedKeysForTheNextBlock) {
+  for (const int64_t dim : {7, 32, 80}) {
+    for (const int64_t left : {0, 31, 100, 257}) {
+      check(
+          {.name = "sliding",
+           .kv_heads = 1,
+           .queries = 500,
+           .keys = 480,
+           .key_dim = dim,
+           .value_dim = dim,
+           .left = left,
+           .right = 5,
+           .layout = {.lead = left % 2, .gap = left % 3}});
+    }
+  }
+  check(
+      {.name = "more than is kept",
+       .heads = 1,
+       .kv_heads = 1,
+       .queries = 100,
+       .keys = 1100,
+       .key_dim = 260,
+       .value_dim = 260,
+       .right = 0});
+}
+
 // ---- Large tensors ----
 
 /// Address space without memory, for rows that lie far apart.

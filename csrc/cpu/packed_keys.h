@@ -1,0 +1,141 @@
+// Keys and values in the form a product wants, kept from one block of queries to the next: neighbouring blocks see
+// mostly the same keys.
+//
+//    buffer  [ packed, in sight no more | packed, in sight | free . . . ]
+//              first_                     oldest             end_
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "rows.h"
+#include "scores.h"
+
+namespace wmha::cpu::CPU_CAPABILITY {
+
+// A form says how many neighbouring keys are packed together (a group), how many elements they take, and how.
+
+/// The left operand of K Q^T and V dO^T: left_rows().
+template <typename T>
+struct LeftForm {
+  using M = multiplicand_type<T>;
+  static constexpr int64_t group = 1;
+  static constexpr int64_t overread = tile_rows; // groups behind the last that a product may read
+
+  static int64_t group_size(int64_t dim) { return left_width<M>(dim); }
+  static int64_t row_stride(int64_t dim) { return left_width<M>(dim); }
+  static bool is_in_place(Rows<T> rows) { return are_left<M>(rows); }
+  static RowMajor<const M> pack(Rows<T> rows, M* packed) { return left_rows<M>(rows, packed); }
+};
+
+/// The right operand of P V and dS K: right_rows(), whose rows are of a group each.
+template <typename T>
+struct RightRowsForm {
+  using M = multiplicand_type<T>;
+  static constexpr int64_t group = Multiplicand<M>::terms;
+  static constexpr int64_t overread = 0;
+
+  static int64_t group_size(int64_t dim) { return whole_columns<M>(dim); }
+  static int64_t row_stride(int64_t dim) { return whole_columns<M>(dim); }
+  static bool is_in_place(Rows<T> /*rows*/) { return false; }
+  static RowMajor<const M> pack(Rows<T> rows, M* packed) { return right_rows<M>(rows, {0, rows.count}, packed); }
+};
+
+/// The same, turned over: [groups][whole_columns(dim)][group_steps].
+template <typename T>
+struct RightColumnsForm {
+  using M = multiplicand_type<T>;
+  static constexpr int64_t group_steps = Multiplicand<M>::steps_at_once;
+  static constexpr int64_t group = Multiplicand<M>::terms * group_steps;
+  static constexpr int64_t overread = 0;
+
+  static int64_t group_size(int64_t dim) { return whole_columns<M>(dim) * group_steps; }
+  static int64_t row_stride(int64_t /*dim*/) { return group_steps; }
+  static bool is_in_place(Rows<T> /*rows*/) { return false; }
+  static RowMajor<const M> pack(Rows<T> rows, M* packed) {
+    constexpr int64_t columns = Multiplicand<M>::columns;
+    alignas(64) M pairs[group_steps * columns];
+    for (int64_t first = 0; first < rows.count; first += group) {
+      M* const to = packed + first / group * group_size(rows.dim);
+      const int64_t count = std::min(group, rows.count - first);
+      for (int64_t d = 0; d < rows.dim; d += columns) {
+        const Rows<T> part{rows.row(first) + d, rows.stride, count, std::min(columns, rows.dim - d)};
+        right_rows<M>(part, {0, count}, pairs);
+        transpose<M>({pairs, columns}, group_steps, columns, {to + d * group_steps, group_steps});
+      }
+    }
+    return {packed, group_steps};
+  }
+};
+
+#if defined(CPU_CAPABILITY_AMX)
+template <typename T>
+using RightForm = RightColumnsForm<T>;
+#else
+template <typename T>
+using RightForm = std::conditional_t<multiplies_pairs<T>, RightRowsForm<T>, LeftForm<T>>;
+#endif
+
+/// Keys and values in form Form, LeftForm<T> or RightForm<T>.
+template <typename T, typename Form>
+class PackedKeys {
+  using M = multiplicand_type<T>;
+
+ public:
+  /// `most_keys`: those that a block of queries sees, at most. `all_keys`: of the tensor.
+  PackedKeys(int64_t dim, int64_t most_keys, int64_t all_keys)
+      : dim_(dim),
+        all_keys_(all_keys),
+        group_size_(Form::group_size(dim)),
+        capacity_(bytes(most_keys) <= most_bytes ? 2 * most_keys : key_block),
+        packed_((ceil_div(capacity_, Form::group) + Form::overread) * group_size_) {}
+
+  /// The keys of `tile` of one head, packed or where they are. `oldest`: keys before it are not asked for again.
+  RowMajor<const M> of(const InputView& view, int64_t batch, int64_t head, Range tile, int64_t oldest) {
+    // A product reads whole tiles of rows, whatever the last ones hold.
+    const Range whole{tile.begin, std::min(tile.begin + round_up(tile.size(), left_rows_at_once), all_keys_)};
+    const Rows<T> rows = rows_of<T>(view, batch, head, whole, dim_);
+    if (Form::is_in_place(rows)) return Form::pack(rows, nullptr);
+    if (batch != batch_ || head != head_ || tile.begin < first_ || tile.begin > end_) restart(batch, head, tile.begin);
+    if (tile.end - first_ > capacity_) forget(oldest);
+    if (tile.end - first_ > capacity_ || !starts_group(tile.begin)) restart(batch, head, tile.begin);
+    if (tile.end > end_) {
+      const Range missing{end_ - (end_ - first_) % Form::group, tile.end}; // a part of a group is packed again
+      Form::pack(rows_of<T>(view, batch, head, missing, dim_), place(missing.begin));
+      end_ = tile.end;
+    }
+    return {place(tile.begin), Form::row_stride(dim_)};
+  }
+
+ private:
+  // Beyond, what was packed for one block would not be in the second cache for the next.
+  static constexpr int64_t most_bytes = 512 * 1024;
+
+  int64_t bytes(int64_t keys) const { return ceil_div(keys, Form::group) * group_size_ * sizeof(M); }
+  bool starts_group(int64_t key) const { return (key - first_) % Form::group == 0; }
+  M* place(int64_t key) const { return packed_ + (key - first_) / Form::group * group_size_; }
+
+  void restart(int64_t batch, int64_t head, int64_t key) {
+    batch_ = batch;
+    head_ = head;
+    first_ = end_ = key;
+  }
+
+  void forget(int64_t oldest) {
+    if (oldest <= first_ || oldest > end_ || !starts_group(oldest)) return;
+    std::copy_n(place(oldest), ceil_div(end_ - oldest, Form::group) * group_size_, packed_.data());
+    first_ = oldest;
+  }
+
+  const int64_t dim_;
+  const int64_t all_keys_;
+  const int64_t group_size_; // elements of a group of keys
+  const int64_t capacity_;   // keys
+  Buffer<M> packed_;
+  int64_t batch_ = -1;
+  int64_t head_ = -1;
+  int64_t first_ = 0; // the key at the buffer's begin
+  int64_t end_ = 0;
+};
+
+} // namespace wmha::cpu::CPU_CAPABILITY
