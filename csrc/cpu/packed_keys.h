@@ -109,7 +109,7 @@ class PackedKeys {
 
  private:
   // Beyond, what was packed for one block would not be in the second cache for the next.
-  static constexpr int64_t most_bytes = 512 * 1024;
+  static constexpr int64_t most_bytes = int64_t{512} * 1024;
 
   int64_t bytes(int64_t keys) const { return ceil_div(keys, Form::group) * group_size_ * sizeof(M); }
   bool starts_group(int64_t key) const { return (key - first_) % Form::group == 0; }
