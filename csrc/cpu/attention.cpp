@@ -24,11 +24,10 @@ void use_large_pages([[maybe_unused]] const at::Tensor& tensor) {
 #ifdef __linux__
   constexpr size_t least_mapped = 32 << 20;
   if (tensor.nbytes() < least_mapped) return;
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t begin = (address + page - 1) / page * page;
-  const uintptr_t end = (address + tensor.nbytes()) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE); // where it is refused, nothing is lost
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  auto* const memory = static_cast<char*>(tensor.mutable_data_ptr());
+  const size_t before = (page - reinterpret_cast<uintptr_t>(memory) % page) % page;  // the first whole page
+  madvise(memory + before, (tensor.nbytes() - before) / page * page, MADV_HUGEPAGE); // refused: nothing is lost
 #endif
 }
 
