@@ -31,8 +31,10 @@ class Processes:
     def __enter__(self) -> "Processes":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if self.count > 1:
+            if failure is None:
+                dist.barrier()  # one that left early might take with it what another still waits for
             dist.destroy_process_group()
 
     @property
