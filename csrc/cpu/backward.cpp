@@ -12,6 +12,7 @@
 #include "dropout.h"
 #include "key_gradients.h"
 #include "lanes.h"
+#include "look_ahead.h"
 #include "passes.h"
 #include "query_sums.h"
 #include "rows.h"
@@ -46,9 +47,10 @@ class BackwardBlock {
         query_right_(query_block * key_width_),
         grad_output_left_(query_block * value_width_),
         grad_output_right_(query_block * value_width_),
-        left_keys_(params.key_dim, most_keys_of_block(params), params.keys()),
-        right_keys_(params.key_dim, multiplies_pairs<T> ? most_keys_of_block(params) : 0, params.keys()),
-        left_values_(params.value_dim, most_keys_of_block(params), params.keys()) {}
+        most_keys_(most_keys_of_block(params)),
+        left_keys_(params.key_dim, most_keys_, params.keys()),
+        right_keys_(params.key_dim, terms == 1 ? 0 : most_keys_, params.keys()),
+        left_values_(params.value_dim, most_keys_, params.keys()) {}
 
   /// Adds to the key gradients, writes grad_query, and returns the head's share of the temperature's gradient.
   double run(int64_t batch, int64_t head, Range block, KeyGradients<T>& key_gradients) {
@@ -62,9 +64,9 @@ class BackwardBlock {
     pack_columns(left_queries, block.size(), steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
     pack_columns(left_grad_outputs, block.size(), steps<M>(params_.value_dim), lanes_, Acc(1), packed_grad_output_);
     const Range used = visibility.seeing();
-    const auto right_queries = !multiplies_pairs<T> ? left_queries : right_rows<M>(queries, used, query_right_);
+    const auto right_queries = terms == 1 ? left_queries : right_rows<M>(queries, used, query_right_);
     const auto right_grad_outputs =
-        !multiplies_pairs<T> ? left_grad_outputs : right_rows<M>(grad_outputs, used, grad_output_right_);
+        terms == 1 ? left_grad_outputs : right_rows<M>(grad_outputs, used, grad_output_right_);
     load_statistics(batch, head, block);
     grad_query_.start(lanes_);
     std::fill_n(temperature_, lanes_, Acc(0));
@@ -72,19 +74,18 @@ class BackwardBlock {
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
     const int64_t kv_head = params_.kv_head(head);
     const Range keys = params_.window.keys_of(block);
-    look_ahead(batch, head, block, keys);
+    LookAhead<T> ahead(params_, batch, head, block, keys);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
       const auto left_keys = left_keys_.of(params_.key, batch, kv_head, tile, keys.begin);
-      const auto right_keys =
-          !multiplies_pairs<T> ? left_keys : right_keys_.of(params_.key, batch, kv_head, tile, keys.begin);
+      const auto right_keys = terms == 1 ? left_keys : right_keys_.of(params_.key, batch, kv_head, tile, keys.begin);
       const auto left_values = left_values_.of(params_.value, batch, kv_head, tile, keys.begin);
       const TileMask<Acc> mask(visibility, tile);
       Range seeing{0, 0};
       for (int64_t first = tile.begin; first < tile.end; first += tile_rows) {
         const Range group{first, std::min(first + tile_rows, tile.end)};
         const int64_t row = first - tile.begin;
-        for (RowsAhead<T>& ahead : ahead_) ahead.fetch(rows_ahead_);
+        ahead.fetch();
         seeing = visibility.of_keys(group, seeing);
         const Range lanes = whole_columns<M>(seeing);
         multiply_group(left_keys, row, group.size(), params_.key_dim, packed_query_, lanes, scores_);
@@ -110,20 +111,6 @@ class BackwardBlock {
   }
 
  private:
-  /// As in the forward pass.
-  void look_ahead(int64_t batch, int64_t head, Range block, Range keys) {
-    const auto ahead = [&](const auto& view, int64_t head, int64_t first, int64_t positions, int64_t dim) {
-      return RowsAhead<T>(view, batch, head, first, query_block, positions, dim);
-    };
-    const int64_t kv_head = params_.kv_head(head);
-    ahead_[0] = ahead(params_.query, head, block.end, params_.queries, params_.key_dim);
-    ahead_[1] = ahead(params_.grad_output, head, block.end, params_.queries, params_.value_dim);
-    ahead_[2] = ahead(params_.output, head, block.end, params_.queries, params_.value_dim);
-    ahead_[3] = ahead(params_.key, kv_head, keys.end, params_.keys(), params_.key_dim);
-    ahead_[4] = ahead(params_.value, kv_head, keys.end, params_.keys(), params_.value_dim);
-    rows_ahead_ = ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1));
-  }
-
   /// logsumexp_ (times log2 e) and delta_ of the block. Lanes beyond the last query get lse = inf, hence weight 0.
   void load_statistics(int64_t batch, int64_t head, Range block) {
     const int64_t first = (batch * params_.heads + head) * params_.queries + block.begin;
@@ -191,7 +178,8 @@ class BackwardBlock {
         for (int64_t term = 0; term < terms; ++term) {
           const int64_t row = step * terms + term;
           const int64_t key = group.begin + row;
-          const auto seen = [&](Vec<Acc> x) { return masked ? mask.seen(first_row + row, lane).select(x, zero) : x; };
+          const Seen<Acc> lanes_seen = mask.seen(first_row + row, lane);
+          const auto seen = [&](Vec<Acc> x) { return masked ? lanes_seen.select(x, zero) : x; };
           const Vec<Acc> z = transform.template score<capped>(Vec<Acc>::loadu(scores + row * count));
           const Vec<Acc> weight = exp2(z - logsumexp);
           Vec<Acc> grad_weight = Vec<Acc>::loadu(grad_weights + row * count);
@@ -245,11 +233,10 @@ class BackwardBlock {
   Buffer<M> query_right_;       // [query_block][key_width]
   Buffer<M> grad_output_left_;  // [query_block][value_width]
   Buffer<M> grad_output_right_; // [query_block][value_width]
+  const int64_t most_keys_;     // of a block
   PackedKeys<T, LeftForm<T>> left_keys_;
   PackedKeys<T, RightForm<T>> right_keys_; // unless they are the same
   PackedKeys<T, LeftForm<T>> left_values_;
-  RowsAhead<T> ahead_[5];
-  int64_t rows_ahead_ = 0;     // of each, between two groups
   int64_t lanes_ = 0;          // queries of this block, in whole vectors
   Acc logsumexp_[query_block]; // times log2 e
   Acc delta_[query_block];

@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "dropout.h"
+#include "look_ahead.h"
 #include "query_sums.h"
 #include "rows.h"
 #include "scores.h"
@@ -40,8 +41,9 @@ class ForwardBlock {
         own_weights_(weights_in_place ? 0 : key_block * query_block),
         weights_(weights_in_place ? reinterpret_cast<M*>(static_cast<Acc*>(scores_)) : own_weights_),
         query_rows_(query_block * left_width<M>(params.key_dim)),
-        keys_(params.key_dim, most_keys_of_block(params), params.keys()),
-        values_(params.value_dim, most_keys_of_block(params), params.keys()) {}
+        most_keys_(most_keys_of_block(params)),
+        keys_(params.key_dim, most_keys_, params.keys()),
+        values_(params.value_dim, most_keys_, params.keys()) {}
 
   void run(int64_t batch, int64_t head, Range block) {
     lanes_ = whole_columns<M>(block.size());
@@ -56,11 +58,10 @@ class ForwardBlock {
 
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
     const Range keys = params_.window.keys_of(block);
-    oldest_ = keys.begin;
-    look_ahead(batch, head, block, keys);
+    LookAhead<T> ahead(params_, batch, head, block, keys);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
-      compute_scores(batch, head, transform, visibility, tile);
+      compute_scores(batch, head, transform, visibility, tile, ahead);
       with_flags(
           [&](auto drops) { compute_weights<drops>(visibility, tile, block.begin, dropout); },
           params_.dropout.enabled());
@@ -70,34 +71,21 @@ class ForwardBlock {
   }
 
  private:
-  /// What the next block of queries will need comes into the cache a few rows at a time, between tiles, so that memory
-  /// is seldom waited for. (It saves a tenth of the time, with narrow windows a third.)
-  void look_ahead(int64_t batch, int64_t head, Range block, Range keys) {
-    const auto ahead = [&](const auto& view, int64_t head, int64_t first, int64_t positions, int64_t dim) {
-      return RowsAhead<T>(view, batch, head, first, query_block, positions, dim);
-    };
-    const int64_t kv_head = params_.kv_head(head);
-    ahead_[0] = ahead(params_.query, head, block.end, params_.queries, params_.key_dim);
-    ahead_[1] = ahead(params_.output, head, block.end, params_.queries, params_.value_dim);
-    ahead_[2] = ahead(params_.key, kv_head, keys.end, params_.keys(), params_.key_dim);
-    ahead_[3] = ahead(params_.value, kv_head, keys.end, params_.keys(), params_.value_dim);
-    rows_ahead_ = ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1));
-  }
-
   /// scores_ of the keys and queries of the tile that see each other, in whole groups and vectors; maximum_.
   void compute_scores(
       int64_t batch,
       int64_t head,
       const ScoreTransform<M>& transform,
       const Visibility& visibility,
-      Range tile) {
-    const auto keys = keys_.of(params_.key, batch, params_.kv_head(head), tile, oldest_);
+      Range tile,
+      LookAhead<T>& ahead) {
+    const auto keys = keys_.of(params_.key, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
     const TileMask<Acc> mask(visibility, tile);
     const int64_t depth = steps<M>(params_.key_dim);
     Range seeing{0, 0};
     for (int64_t key = tile.begin; key < tile.end; key += tile_rows) {
       const Range group{key, std::min(key + tile_rows, tile.end)};
-      for (RowsAhead<T>& ahead : ahead_) ahead.fetch(rows_ahead_);
+      ahead.fetch();
       seeing = visibility.of_keys(group, seeing);
       const Range lanes = whole_columns<M>(seeing);
       const LeftRows<M> left({keys.row(key - tile.begin), keys.row_stride}, group.size());
@@ -178,7 +166,7 @@ class ForwardBlock {
 
   /// output = rescale * output + sum over keys of weight * value
   void add_values(int64_t batch, int64_t head, const Visibility& visibility, Range tile) {
-    const auto values = values_.of(params_.value, batch, params_.kv_head(head), tile, oldest_);
+    const auto values = values_.of(params_.value, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
     output_.add(visibility, tile, weights_, values, rescale_);
   }
 
@@ -203,16 +191,14 @@ class ForwardBlock {
   [[no_unique_address]] TileRegisters tile_registers_;
   Buffer<M> packed_query_; // [steps(key_dim)][lanes]
   QuerySums<T> output_;
-  Buffer<Acc> scores_;    // [key_block][lanes]
-  Buffer<M> own_weights_; // unless they are in place
-  M* const weights_;      // [steps(key_block)][lanes]
-  Buffer<M> query_rows_;  // [query_block][left_width(key_dim)]
+  Buffer<Acc> scores_;      // [key_block][lanes]
+  Buffer<M> own_weights_;   // unless they are in place
+  M* const weights_;        // [steps(key_block)][lanes]
+  Buffer<M> query_rows_;    // [query_block][left_width(key_dim)]
+  const int64_t most_keys_; // of a block
   PackedKeys<T, LeftForm<T>> keys_;
   PackedKeys<T, RightForm<T>> values_;
-  int64_t oldest_ = 0; // key that the block sees
-  RowsAhead<T> ahead_[4];
-  int64_t rows_ahead_ = 0; // of each, between two tiles
-  int64_t lanes_ = 0;      // queries of this block, in whole vectors
+  int64_t lanes_ = 0; // queries of this block, in whole vectors
   alignas(64) Acc maximum_[query_block];
   Acc reference_[query_block];
   Acc sum_[query_block];

@@ -115,10 +115,6 @@ template <typename T>
 using multiplicand_type = acc_type<T>;
 #endif
 
-/// Are tensors of element type T multiplied in pairs?
-template <typename T>
-constexpr bool multiplies_pairs = Multiplicand<multiplicand_type<T>>::terms == 2;
-
 /// Are scores scaled after the product? Queries of bf16 can't be scaled before it without another rounding.
 template <typename M>
 constexpr bool scales_products = !std::is_same_v<M, typename Multiplicand<M>::Sum>;

@@ -73,7 +73,7 @@ template <typename T>
 using RightForm = RightColumnsForm<T>;
 #else
 template <typename T>
-using RightForm = std::conditional_t<multiplies_pairs<T>, RightRowsForm<T>, LeftForm<T>>;
+using RightForm = std::conditional_t<Multiplicand<multiplicand_type<T>>::terms == 1, LeftForm<T>, RightRowsForm<T>>;
 #endif
 
 /// Keys and values in form Form, LeftForm<T> or RightForm<T>.

@@ -74,37 +74,6 @@ void prefetch(const T* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d, /*for writing*/ 0, 2);
 }
 
-/// Rows of a tensor that will be needed soon, to be brought into the second cache a few at a time.
-template <typename T>
-class RowsAhead {
- public:
-  RowsAhead() = default;
-  /// The positions [first, first + count) that there are of `positions`.
-  template <typename Pointer>
-  RowsAhead(
-      const TensorView<Pointer>& view,
-      int64_t batch,
-      int64_t head,
-      int64_t first,
-      int64_t count,
-      int64_t positions,
-      int64_t dim)
-      : row_(at<T>(view, batch, head, first)),
-        stride_(view.position_stride),
-        count_(std::min(count, positions - first)),
-        dim_(dim) {}
-
-  void fetch(int64_t rows) {
-    for (; rows > 0 && count_ > 0; --rows, --count_, row_ += stride_) prefetch(row_, dim_);
-  }
-
- private:
-  const T* row_ = nullptr;
-  int64_t stride_ = 0;
-  int64_t count_ = 0;
-  int64_t dim_ = 0;
-};
-
 inline at::vec::Vectorized<float> load_as_acc(const c10::BFloat16* source) {
   at::vec::Vectorized<float> converted;
   at::vec::load_fp32_from_bf16(source, converted);
