@@ -106,27 +106,4 @@ struct AddTo {
   void finish(int64_t column) const { store_sums(sum, column); }
 };
 
-/// A target: rows of `scores` become the product times `factor`, and `maximum` the largest of each column and itself.
-template <typename M>
-struct StoreScores {
-  RowMajor<float> scores;
-  float* maximum;
-  float factor;
-
-  void start(int64_t) const { clear_sums(); }
-  void finish(int64_t column) const {
-    store_sums(scores, column);
-    constexpr int64_t vector = Vec<float>::size();
-    for (int64_t first = column; first < column + 2 * vector; first += vector) {
-      Vec<float> largest = Vec<float>::loadu(maximum + first);
-      for (int64_t r = 0; r < tile_rows; ++r) {
-        const Vec<float> score = Vec<float>::loadu(scores.row(r) + first) * Vec<float>(factor);
-        largest = larger(score, largest);
-        score.store(scores.row(r) + first);
-      }
-      largest.store(maximum + first);
-    }
-  }
-};
-
 } // namespace wmha::cpu::CPU_CAPABILITY

@@ -26,8 +26,9 @@ void use_large_pages([[maybe_unused]] const at::Tensor& tensor) {
   if (tensor.nbytes() < least_mapped) return;
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   auto* const memory = static_cast<char*>(tensor.mutable_data_ptr());
-  const size_t before = (page - reinterpret_cast<uintptr_t>(memory) % page) % page;  // the first whole page
-  madvise(memory + before, (tensor.nbytes() - before) / page * page, MADV_HUGEPAGE); // refused: nothing is lost
+  // From the page that the tensor begins in: the mapping starts with it, and a large page is one of a mapping.
+  const size_t before = reinterpret_cast<uintptr_t>(memory) % page;
+  madvise(memory - before, before + tensor.nbytes(), MADV_HUGEPAGE); // refused: nothing is lost
 #endif
 }
 

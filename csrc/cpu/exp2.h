@@ -27,7 +27,7 @@ inline at::vec::Vectorized<float> exp2(at::vec::Vectorized<float> x) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, x); // p * 2^floor(x)
 #else
-  // 2^n by its bits. Scores above 128 don't occur: x is a score less the largest, or less the logsumexp.
+  // 2^n by its bits; from n = 128 on they are those of infinity.
   const auto exponent = at::vec::convert_to_int_of_same_size(at::vec::clamp_max(n, Vec(128.f)));
   const auto bits = (exponent + at::vec::Vectorized<int32_t>(127)) << at::vec::Vectorized<int32_t>(23);
   return p * at::vec::cast<float>(bits);

@@ -3,9 +3,13 @@
 //
 //            a block of queries (lanes)
 //          +------------------+
-//          |  S^T = K Q^T     |   the row maximum is taken while the products are still in registers; then
-//   keys   |  P^T = 2^S^T     |   exponentials and their sum run down the columns;
-//          +------------------+   then output[query] += P[query][key] * value[key]
+//          |  S^T = K Q^T     |   a strip of keys at a time, while the first cache holds it:
+//   keys   |  P^T = 2^(S - r) |   exponentials and their sum run down the columns;
+//          +------------------+   then, for all strips of the tile, output[query] += P[query][key] * value[key]
+//
+// The reference r of a query need not be the largest of its scores, only near enough that nothing over- or underflows.
+// It is a guess that a strip's sum of weights confirms; else it moves to the strip's largest score, rounded to a whole
+// number, so that what is rescaled stays exact, and the strip's weights are made again.
 //
 // At the window's edges a tile is cut to the queries and keys that see each other: S in steps of tile_rows keys and one
 // vector of queries, P V in steps of tile_rows queries and single keys.
@@ -30,16 +34,17 @@ class ForwardBlock {
   static constexpr int64_t terms = Multiplicand<M>::terms;
   static constexpr int64_t vector = Vec<Acc>::size();
   static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
-  static constexpr bool weights_in_place = std::is_same_v<M, Acc>; // each one takes the place of its score
+  // Sums of the weights of one strip from which a reference is near enough.
+  static constexpr Acc largest_sum = 1 << 10;
+  static constexpr Acc smallest_first_sum = Acc(1) / (1 << 20);
 
  public:
   explicit ForwardBlock(const AttentionParams& params)
       : params_(params),
         packed_query_(steps<M>(params.key_dim) * query_block),
         output_(params.value_dim),
-        scores_(key_block * query_block),
-        own_weights_(weights_in_place ? 0 : key_block * query_block),
-        weights_(weights_in_place ? reinterpret_cast<M*>(static_cast<Acc*>(scores_)) : own_weights_),
+        products_(strip_keys * query_block),
+        weights_(steps<M>(key_block) * query_block),
         query_rows_(query_block * left_width<M>(params.key_dim)),
         most_keys_(most_keys_of_block(params)),
         keys_(params.key_dim, most_keys_, params.keys()),
@@ -52,8 +57,7 @@ class ForwardBlock {
     const auto queries = left_rows<M>(rows_of<T>(params_.query, batch, head, block, params_.key_dim), query_rows_);
     pack_columns(queries, block.size(), steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
     output_.start(lanes_);
-    std::fill_n(maximum_, lanes_, -infinity);
-    std::fill_n(reference_, lanes_, -infinity);
+    std::fill_n(reference_, lanes_, Acc(0));
     std::fill_n(sum_, lanes_, Acc(0));
 
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
@@ -61,113 +65,158 @@ class ForwardBlock {
     LookAhead<T> ahead(params_, batch, head, block, keys);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
-      compute_scores(batch, head, transform, visibility, tile, ahead);
-      with_flags(
-          [&](auto drops) { compute_weights<drops>(visibility, tile, block.begin, dropout); },
-          params_.dropout.enabled());
-      add_values(batch, head, visibility, tile);
+      const auto keys = keys_.of(params_.key, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
+      const TileMask<Acc> mask(visibility, tile);
+      std::fill_n(rescale_, lanes_, Acc(1));
+      rescales_ = false;
+      Range seeing{0, 0};
+      for (int64_t first = tile.begin; first < tile.end; first += strip_keys) {
+        const Range strip{first, std::min(first + strip_keys, tile.end)};
+        seeing = multiply_strip(keys, visibility, tile, strip, seeing, ahead);
+        with_flags(
+            [&](auto drops, auto capped) {
+              compute_weights<drops, capped>(transform, visibility, mask, tile, strip, block.begin, dropout);
+            },
+            params_.dropout.enabled(), transform.cap > 0);
+      }
+      const auto values = values_.of(params_.value, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
+      output_.add(visibility, tile, weights_, values, rescales_ ? rescale_ : nullptr);
     }
     store(batch, head, visibility, block);
   }
 
  private:
-  /// scores_ of the keys and queries of the tile that see each other, in whole groups and vectors; maximum_.
-  void compute_scores(
-      int64_t batch,
-      int64_t head,
-      const ScoreTransform<M>& transform,
+  /// products_ become those of the strip's keys and the queries that see them, in whole groups and vectors.
+  /// Returns the queries that see the last group, given those of the one before the strip.
+  Range multiply_strip(
+      RowMajor<const M> keys,
       const Visibility& visibility,
       Range tile,
+      Range strip,
+      Range seeing,
       LookAhead<T>& ahead) {
-    const auto keys = keys_.of(params_.key, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
-    const TileMask<Acc> mask(visibility, tile);
-    const int64_t depth = steps<M>(params_.key_dim);
-    Range seeing{0, 0};
-    for (int64_t key = tile.begin; key < tile.end; key += tile_rows) {
-      const Range group{key, std::min(key + tile_rows, tile.end)};
+    for (int64_t key = strip.begin; key < strip.end; key += tile_rows) {
+      const Range group{key, std::min(key + tile_rows, strip.end)};
       ahead.fetch();
       seeing = visibility.of_keys(group, seeing);
       const Range lanes = whole_columns<M>(seeing);
       const LeftRows<M> left({keys.row(key - tile.begin), keys.row_stride}, group.size());
-      const RowMajor<Acc> scores{scores_ + (key - tile.begin) * lanes_, lanes_};
-      const Range whole{key, key + whole_terms<M>(group.size())};
-      if (transform.cap > 0 || !visibility.all_see(whole, lanes)) {
-        const StoreTo<Acc> target{scores};
-        multiply<M>(lanes.begin / vector, lanes.end / vector, depth, left, {packed_query_, lanes_}, target);
-        with_mask<Acc>(visibility, whole, lanes, [&](auto masked, Range lanes) {
-          with_flags(
-              [&](auto capped) {
-                finish_scores<masked, capped>(transform, mask, scores, key - tile.begin, whole.size(), lanes);
-              },
-              transform.cap > 0);
-        });
-      } else {
-        const StoreScores<M> target{scores, maximum_, transform.factor};
-        multiply<M>(lanes.begin / vector, lanes.end / vector, depth, left, {packed_query_, lanes_}, target);
-      }
+      const StoreTo<Acc> target{{products_ + (key - strip.begin) * lanes_, lanes_}};
+      multiply<M>(
+          lanes.begin / vector, lanes.end / vector, steps<M>(params_.key_dim), left, {packed_query_, lanes_}, target);
+    }
+    return seeing;
+  }
+
+  /// From a strip's products to weights 2^(score - reference), and to their sums.
+  template <bool drops, bool capped>
+  void compute_weights(
+      const ScoreTransform<M>& transform,
+      const Visibility& visibility,
+      const TileMask<Acc>& mask,
+      Range tile,
+      Range strip,
+      int64_t first_query,
+      DropoutLanes<Acc>& dropout) {
+    const Range strip_rows{strip.begin - tile.begin, strip.end - tile.begin};
+    const int64_t row_stride = lanes_; // the compiler can't know that no store changes the member
+    for (int64_t lane = 0; lane < lanes_; lane += vector) {
+      const Acc* const products = products_ + lane - (strip.begin - tile.begin) * row_stride; // of the tile
+      const Range columns = whole_columns<M>(Range{lane, lane + 1});
+      const auto steps_of = [&](Range keys) {
+        const Range seen = visibility.of_queries(columns.begin, columns.end, keys);
+        return steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
+      };
+      const Range range = steps_of(strip);
+      if (range.size() == 0) continue;
+      // Of these the ones whose keys are all seen by all queries.
+      const Range all_see = visibility.of_all_queries(lane, lane + vector, strip);
+      const int64_t whole_begin = std::clamp(ceil_div(all_see.begin - tile.begin, terms), range.begin, range.end);
+      const int64_t whole_end = std::clamp((all_see.end - tile.begin) / terms, whole_begin, range.end);
+      Vec<Acc> sum;
+      do {
+        const Vec<Acc> reference = Vec<Acc>::loadu(reference_ + lane);
+        sum = Vec<Acc>(Acc(0));
+        const auto weigh = [&](auto masked, int64_t begin, int64_t end) {
+          for (int64_t step = begin; step < end; ++step) {
+            Vec<Acc> weights[terms];
+            WMHA_UNROLL
+            for (int64_t term = 0; term < terms; ++term) {
+              const int64_t row = step * terms + term;
+              Vec<Acc> score = transform.template score<capped>(Vec<Acc>::loadu(products + row * row_stride));
+              if constexpr (masked) score = mask.seen(row, lane).select(score, Vec<Acc>(-infinity));
+              weights[term] = exp2(score - reference);
+              sum = sum + weights[term];
+              if constexpr (drops) {
+                const int64_t key = tile.begin + row;
+                if (row == range.begin * terms || key % Dropout::group == 0) dropout.draw(key, first_query + lane);
+                weights[term] = dropout.keep(weights[term], key);
+              }
+            }
+            Multiplicand<M>::store(weights, weights_ + step * row_stride + lane);
+          }
+        };
+        weigh(std::true_type(), range.begin, whole_begin);
+        weigh(std::false_type(), whole_begin, whole_end);
+        weigh(std::true_type(), whole_end, range.end);
+      } while (move_references(sum, lane, mask, strip_rows, steps_of({tile.begin, strip.begin}), [&] {
+        return largest_score<capped>(transform, mask, products, range, lane);
+      }));
+      (Vec<Acc>::loadu(sum_ + lane) + sum).store(sum_ + lane);
     }
   }
 
-  /// From products to scores, the unseen ones -inf, and to maximum_. `first` is relative to the tile.
-  template <bool masked, bool capped>
-  void finish_scores(
+  template <bool capped>
+  Vec<Acc> largest_score(
       const ScoreTransform<M>& transform,
       const TileMask<Acc>& mask,
-      RowMajor<Acc> scores,
-      int64_t first,
-      int64_t keys,
-      Range lanes) {
-    for (int64_t lane = lanes.begin; lane < lanes.end; lane += vector) {
-      Vec<Acc> largest = Vec<Acc>::loadu(maximum_ + lane);
-      for (int64_t key = 0; key < keys; ++key) {
-        Acc* place = scores.row(key) + lane;
-        Vec<Acc> score = transform.template score<capped>(Vec<Acc>::loadu(place));
-        if constexpr (masked) score = mask.seen(first + key, lane).select(score, Vec<Acc>(-infinity));
-        largest = larger(score, largest);
-        score.store(place);
-      }
-      largest.store(maximum_ + lane);
+      const Acc* products,
+      Range range,
+      int64_t lane) const {
+    Vec<Acc> largest(-infinity);
+    for (int64_t row = range.begin * terms; row < range.end * terms; ++row) {
+      const Vec<Acc> score = transform.template score<capped>(Vec<Acc>::loadu(products + row * lanes_));
+      largest = larger(mask.seen(row, lane).select(score, Vec<Acc>(-infinity)), largest);
     }
+    return largest;
   }
 
-  /// From scores to weights 2^(score - reference), and to their sums. The reference is the largest score so far;
-  /// rescale_ becomes the factor for what was summed up under the one before.
-  template <bool drops>
-  void compute_weights(const Visibility& visibility, Range tile, int64_t first_query, DropoutLanes<Acc>& dropout) {
-    for (int64_t lane = 0; lane < lanes_; lane += vector) {
-      const Range columns = whole_columns<M>(Range{lane, lane + 1});
-      const Range seen = visibility.of_queries(columns.begin, columns.end, tile);
-      const Vec<Acc> maximum = Vec<Acc>::loadu(maximum_ + lane);
-      // A query that has seen no key yet: any finite reference keeps 2^(-inf - reference) = 0.
-      const Vec<Acc> reference = Vec<Acc>::blendv(maximum, Vec<Acc>(Acc(0)), maximum == Vec<Acc>(-infinity));
-      const Vec<Acc> rescale = exp2(Vec<Acc>::loadu(reference_ + lane) - reference);
-      Vec<Acc> sum = Vec<Acc>::loadu(sum_ + lane) * rescale;
-      const Range range = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
-      for (int64_t step = range.begin; step < range.end; ++step) {
-        Vec<Acc> weights[terms];
-        WMHA_UNROLL
-        for (int64_t term = 0; term < terms; ++term) {
-          const int64_t row = step * terms + term;
-          weights[term] = exp2(Vec<Acc>::loadu(scores_ + row * lanes_ + lane) - reference);
-          sum = sum + weights[term];
-          if constexpr (drops) {
-            const int64_t key = tile.begin + row;
-            if (row == range.begin * terms || key % Dropout::group == 0) dropout.draw(key, first_query + lane);
-            weights[term] = dropout.keep(weights[term], key);
-          }
-        }
-        Multiplicand<M>::store(weights, weights_ + step * lanes_ + lane);
-      }
-      reference.store(reference_ + lane);
-      sum.store(sum_ + lane);
-      rescale.store(rescale_ + lane);
+  /// Moves the references of a vector of queries for which a strip's `sum` of weights is too large, or is the first and
+  /// too small, to the largest score, and with them what was summed up under the old ones: also the weights of the
+  /// tile's `earlier` steps. False if all stay.
+  template <typename Largest>
+  bool move_references(
+      Vec<Acc> sum,
+      int64_t lane,
+      const TileMask<Acc>& mask,
+      Range strip,
+      Range earlier,
+      const Largest& largest_score) {
+    const Vec<Acc> sum_before = Vec<Acc>::loadu(sum_ + lane);
+    const Vec<Acc> is_first = sum_before == Vec<Acc>(Acc(0));
+    const Vec<Acc> sum_of_seen = mask.any_seen(strip, lane).select(sum, Vec<Acc>(Acc(1)));
+    const Vec<Acc> far =
+        (sum_of_seen > Vec<Acc>(largest_sum)) | (is_first & (sum_of_seen < Vec<Acc>(smallest_first_sum)));
+    if (!any(far)) return false;
+    const Vec<Acc> largest = largest_score();
+    const Vec<Acc> moves = far & (largest > Vec<Acc>(-infinity));
+    if (!any(moves)) return false;
+    const Vec<Acc> reference = Vec<Acc>::loadu(reference_ + lane);
+    const Vec<Acc> next = Vec<Acc>::blendv(reference, largest.ceil(), moves);
+    const Vec<Acc> factor = Vec<Acc>::blendv(exp2(reference - next), Vec<Acc>(Acc(1)), is_first);
+    next.store(reference_ + lane);
+    (sum_before * factor).store(sum_ + lane);
+    (Vec<Acc>::loadu(rescale_ + lane) * factor).store(rescale_ + lane);
+    rescales_ = true;
+    for (int64_t step = earlier.begin; step < earlier.end; ++step) {
+      Vec<Acc> weights[terms];
+      M* const place = weights_ + step * lanes_ + lane;
+      Multiplicand<M>::load(place, weights);
+      WMHA_UNROLL
+      for (int64_t term = 0; term < terms; ++term) weights[term] = weights[term] * factor;
+      Multiplicand<M>::store(weights, place);
     }
-  }
-
-  /// output = rescale * output + sum over keys of weight * value
-  void add_values(int64_t batch, int64_t head, const Visibility& visibility, Range tile) {
-    const auto values = values_.of(params_.value, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
-    output_.add(visibility, tile, weights_, values, rescale_);
+    return true;
   }
 
   void store(int64_t batch, int64_t head, const Visibility& visibility, Range block) {
@@ -191,18 +240,17 @@ class ForwardBlock {
   [[no_unique_address]] TileRegisters tile_registers_;
   Buffer<M> packed_query_; // [steps(key_dim)][lanes]
   QuerySums<T> output_;
-  Buffer<Acc> scores_;      // [key_block][lanes]
-  Buffer<M> own_weights_;   // unless they are in place
-  M* const weights_;        // [steps(key_block)][lanes]
+  Buffer<Acc> products_;    // [strip_keys][lanes]
+  Buffer<M> weights_;       // [steps(key_block)][lanes]
   Buffer<M> query_rows_;    // [query_block][left_width(key_dim)]
   const int64_t most_keys_; // of a block
   PackedKeys<T, LeftForm<T>> keys_;
   PackedKeys<T, RightForm<T>> values_;
   int64_t lanes_ = 0; // queries of this block, in whole vectors
-  alignas(64) Acc maximum_[query_block];
-  Acc reference_[query_block];
+  alignas(64) Acc reference_[query_block];
   Acc sum_[query_block];
-  Acc rescale_[query_block];
+  Acc rescale_[query_block]; // factors for the outputs, before the tile's share is added
+  bool rescales_ = false;    // one of them isn't 1
   Acc logsumexp_[query_block];
 };
 

@@ -26,6 +26,12 @@ Vec<Acc> larger(Vec<Acc> score, Vec<Acc> other) {
   return at::vec::clamp_min(score, other);
 }
 
+/// Is the mask set in any lane?
+template <typename Acc>
+bool any(Vec<Acc> mask) {
+  return mask.zero_mask() != (1 << Vec<Acc>::size()) - 1;
+}
+
 // Arrays live in registers only if every loop over them is unrolled before anything else happens.
 #define WMHA_UNROLL _Pragma("GCC unroll 16")
 
@@ -64,8 +70,9 @@ struct Multiplicand {
   static Vec<M> broadcast(M left) { return Vec<M>(left); }
   static Vec<M> multiply_add(Vec<M> left, Vec<M> right, Vec<M> sum) { return at::vec::fmadd(left, right, sum); }
 
-  /// Stores the terms of one step, a vector of each.
+  /// Stores the terms of one step, a vector of each, and loads them.
   static void store(const Vec<M> (&terms)[1], M* place) { terms[0].store(place); }
+  static void load(const M* place, Vec<M> (&terms)[1]) { terms[0] = Vec<M>::loadu(place); }
   /// Stores neighbouring terms, one in each lane.
   static void store_neighbours(Vec<M> terms, M* place) { terms.store(place); }
 };
@@ -101,6 +108,11 @@ struct Multiplicand<BFloat16Pair> {
     const __m512i places =
         _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16)));
     _mm512_storeu_si512(place, _mm512_permutexvar_epi16(places, halves));
+  }
+  static void load(const BFloat16Pair* place, Vec<float> (&terms)[2]) {
+    const __m512i pairs = _mm512_loadu_si512(place);
+    terms[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    terms[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(~0xffff)));
   }
   static void store_neighbours(Vec<float> terms, BFloat16Pair* place) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), (__m256i)_mm512_cvtneps_pbh(terms));

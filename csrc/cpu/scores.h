@@ -30,13 +30,15 @@ inline int64_t most_keys_of_block(const AttentionParams& params) {
   return most;
 }
 
-/// Keys of a score tile: the rows of key and value and the scores stay in the first two caches. Without AMX it makes no
-/// difference from 64 to 320 where windows are wide; 96 holds what 48 queries see through a narrow one. With AMX, fewer
-/// tiles are fewer passes over the sums.
+/// Keys of a score tile: the rows of key and value and the weights stay in the first two caches. Without AMX it makes
+/// no difference from 64 to 320 where windows are wide; 96 holds what 48 queries see through a narrow one. With AMX,
+/// fewer tiles are fewer passes over the sums. The products of a strip stay in the first cache.
 #if defined(CPU_CAPABILITY_AMX)
 constexpr int64_t key_block = 384;
+constexpr int64_t strip_keys = tile_rows;
 #else
 constexpr int64_t key_block = 96;
+constexpr int64_t strip_keys = key_block;
 #endif
 
 /// From products of keys and queries to z * log2 e, z = softcap(scale * <q, k>) / temperature, and back. Queries are
@@ -94,6 +96,14 @@ struct Visibility {
     return {from, std::clamp(keys[last].end, from, tile.end)};
   }
 
+  /// The keys of `tile` that all of the queries in [begin, end) see.
+  Range of_all_queries(int64_t begin, int64_t end, Range tile) const {
+    const int64_t last = std::min(end, queries) - 1;
+    if (last < begin) return {tile.begin, tile.begin};
+    const int64_t from = std::clamp(keys[last].begin, tile.begin, tile.end);
+    return {from, std::clamp(keys[begin].end, from, tile.end)};
+  }
+
   /// The queries that see at least one of the keys, given those of earlier keys.
   Range of_keys(Range tile, Range earlier) const {
     while (earlier.begin < queries && keys[earlier.begin].end <= tile.begin) ++earlier.begin;
@@ -116,12 +126,15 @@ struct Visibility {
   }
 };
 
-/// Which lanes see a key.
+/// Which lanes see a key, or at least one of some neighbours.
 template <typename Acc>
 struct Seen {
   Vec<Acc> lanes;
 
-  static Seen between(Vec<Acc> first, Vec<Acc> place, Vec<Acc> end) { return {(first <= place) & (place < end)}; }
+  /// At least one of the places from `low` to `high` lies in [first, end).
+  static Seen between(Vec<Acc> first, Vec<Acc> low, Vec<Acc> high, Vec<Acc> end) {
+    return {(first <= high) & (low < end)};
+  }
   Vec<Acc> select(Vec<Acc> x, Vec<Acc> otherwise) const { return Vec<Acc>::blendv(otherwise, x, lanes); }
 };
 
@@ -130,8 +143,8 @@ template <>
 struct Seen<float> {
   __mmask16 lanes;
 
-  static Seen between(Vec<float> first, Vec<float> place, Vec<float> end) {
-    return {_mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(first, place, _CMP_LE_OQ), place, end, _CMP_LT_OQ)};
+  static Seen between(Vec<float> first, Vec<float> low, Vec<float> high, Vec<float> end) {
+    return {_mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(first, high, _CMP_LE_OQ), low, end, _CMP_LT_OQ)};
   }
   Vec<float> select(Vec<float> x, Vec<float> otherwise) const { return _mm512_mask_mov_ps(otherwise, lanes, x); }
 };
@@ -149,9 +162,13 @@ class TileMask {
   }
 
   /// `key` is relative to the tile, `lane` the vector's first query.
-  Seen<Acc> seen(int64_t key, int64_t lane) const {
+  Seen<Acc> seen(int64_t key, int64_t lane) const { return any_seen({key, key + 1}, lane); }
+
+  /// At least one of the keys, which are relative to the tile.
+  Seen<Acc> any_seen(Range keys, int64_t lane) const {
     return Seen<Acc>::between(
-        Vec<Acc>::loadu(first_ + lane), Vec<Acc>(static_cast<Acc>(key)), Vec<Acc>::loadu(end_ + lane));
+        Vec<Acc>::loadu(first_ + lane), Vec<Acc>(static_cast<Acc>(keys.begin)),
+        Vec<Acc>(static_cast<Acc>(keys.end - 1)), Vec<Acc>::loadu(end_ + lane));
   }
 
  private:

@@ -153,35 +153,4 @@ struct AddTo {
   }
 };
 
-/// A target: rows of `scores` become the product times `factor` (where scores are scaled after the product), and
-/// `maximum` the largest of each column and itself. (Beyond the last row, LeftRows repeats it.)
-template <typename M>
-struct StoreScores {
-  using Acc = typename Multiplicand<M>::Sum;
-
-  RowMajor<Acc> scores;
-  Acc* maximum;
-  Acc factor;
-
-  template <int C>
-  void start(int64_t, Tile<Acc, C>& tile) const {
-    clear_tile<Acc>(tile);
-  }
-  template <int C>
-  void finish(int64_t vector, Tile<Acc, C>& tile) const {
-    Acc* const largest = maximum + vector * Vec<Acc>::size();
-    WMHA_UNROLL
-    for (int c = 0; c < C; ++c) {
-      Vec<Acc> column = Vec<Acc>::loadu(largest + c * Vec<Acc>::size());
-      WMHA_UNROLL
-      for (int r = 0; r < tile_rows; ++r) {
-        if constexpr (scales_products<M>) tile[r][c] = tile[r][c] * Vec<Acc>(factor);
-        column = larger(tile[r][c], column);
-      }
-      column.store(largest + c * Vec<Acc>::size());
-    }
-    store_tile<Acc>(tile, scores, vector);
-  }
-};
-
 } // namespace wmha::cpu::CPU_CAPABILITY

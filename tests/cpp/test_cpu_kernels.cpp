@@ -7,7 +7,10 @@ namespace {
 
 using namespace testing_wmha;
 
-class CpuKernels : public Kernels {};
+class CpuKernels : public Kernels {
+ protected:
+  static constexpr const char* tensor_names[] = {"output", "logsumexp", "grad_query", "grad_key", "grad_value"};
+};
 
 TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
   const wmha::cpu::Kernels& kernels = *set().kernels;
@@ -83,6 +86,62 @@ TEST_P(CpuKernels, KeepPackedKeysForTheNextBlock) {
        .key_dim = 260,
        .value_dim = 260,
        .right = 0});
+}
+
+// ---- The reference of the softmax ----
+
+TEST_P(CpuKernels, FollowScoresThatRiseAndFall) {
+  const std::initializer_list<std::pair<const char*, double (*)(int64_t)>> scores_of_keys{
+      {"rising", [](int64_t key) { return 4.0 * (key / 2); }},
+      {"falling", [](int64_t key) { return -4.0 * (key / 2); }},
+      {"low at first", [](int64_t key) { return key < 200 ? -1000.0 : 0.0; }},
+      {"high at first", [](int64_t key) { return key < 40 ? 200.0 : -200.0; }},
+      {"high now and then", [](int64_t key) { return key % 67 == 5 ? 200.0 : 0.0; }},
+      {"higher and higher", [](int64_t key) { return key % 101 == 7 ? static_cast<double>(key) : -40.0; }},
+      {"low, but for the first and the last", [](int64_t key) { return key % 499 == 0 ? 16.0 : -256.0; }},
+  };
+  for (const int64_t left : {-1, 30, 300}) {
+    for (const auto& [name, score] : scores_of_keys) {
+      const Case c{
+          .name = name,
+          .heads = 1,
+          .kv_heads = 1,
+          .queries = 230,
+          .keys = 500,
+          .left = left,
+          .right = left < 0 ? -1 : 3,
+          .scale = 1,
+          .dropout = 0.1,
+          .magnitude = 0.25,
+          .slack = 50};
+      SCOPED_TRACE(testing::Message() << c);
+      Problem problem(dtype(), c);
+      for (int64_t i = 0; i < c.queries; ++i) problem.query.set(0, 0, i, 0, 1);
+      for (int64_t j = 0; j < c.keys; ++j) problem.key.set(0, 0, j, 0, score(j));
+      run(set(), problem);
+      const auto expected = solve(problem, c);
+      for (size_t t = 0; t < problem.outputs().size(); ++t) {
+        expect_close(tensor_names[t], *problem.outputs()[t], *expected->outputs()[t], c.slack);
+      }
+    }
+  }
+}
+
+TEST_P(CpuKernels, AverageValuesWhateverTheScores) {
+  for (const double scale : {1e6, -1e12, 1e30}) {
+    const Case c{.name = "large scores", .queries = 130, .keys = 500, .left = 300, .right = 3, .scale = scale};
+    SCOPED_TRACE(testing::Message() << c);
+    Problem problem(dtype(), c);
+    const wmha::AttentionParams& params = problem.params;
+    Tasks tasks(0, wmha::cpu::forward_tasks(params));
+    set().kernels->forward(params, tasks);
+    problem.output.for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) {
+      EXPECT_LE(std::abs(problem.output.get(b, h, n, d)), 1 + tolerance(dtype())); // values are in [-1, 1]
+    });
+    problem.logsumexp.for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) {
+      EXPECT_TRUE(std::isfinite(problem.logsumexp.get(b, h, n, d)));
+    });
+  }
 }
 
 // ---- Large tensors ----
