@@ -34,9 +34,10 @@ class ForwardBlock {
   static constexpr int64_t terms = Multiplicand<M>::terms;
   static constexpr int64_t vector = Vec<Acc>::size();
   static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
-  // Sums of the weights of one strip from which a reference is near enough.
-  static constexpr Acc largest_sum = 1 << 10;
-  static constexpr Acc smallest_first_sum = Acc(1) / (1 << 20);
+  // A reference is near enough while no strip's sum of weights is larger than this, and the first one's isn't smaller
+  // than its inverse: fp32 reaches from 2^-126 to 2^128, which leaves room for many keys and large values.
+  static constexpr Acc largest_sum = 1 << 20;
+  static constexpr Acc smallest_first_sum = 1 / largest_sum;
 
  public:
   explicit ForwardBlock(const AttentionParams& params)
@@ -65,14 +66,14 @@ class ForwardBlock {
     LookAhead<T> ahead(params_, batch, head, block, keys);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
-      const auto keys = keys_.of(params_.key, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
+      const auto key_rows = keys_.of(params_.key, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
       const TileMask<Acc> mask(visibility, tile);
       std::fill_n(rescale_, lanes_, Acc(1));
       rescales_ = false;
       Range seeing{0, 0};
       for (int64_t first = tile.begin; first < tile.end; first += strip_keys) {
         const Range strip{first, std::min(first + strip_keys, tile.end)};
-        seeing = multiply_strip(keys, visibility, tile, strip, seeing, ahead);
+        seeing = multiply_strip(key_rows, visibility, tile, strip, seeing, ahead);
         with_flags(
             [&](auto drops, auto capped) {
               compute_weights<drops, capped>(transform, visibility, mask, tile, strip, block.begin, dropout);
@@ -118,10 +119,12 @@ class ForwardBlock {
       Range strip,
       int64_t first_query,
       DropoutLanes<Acc>& dropout) {
-    const Range strip_rows{strip.begin - tile.begin, strip.end - tile.begin};
+    const Range rows{strip.begin - tile.begin, strip.end - tile.begin}; // of the strip in the tile
     const int64_t row_stride = lanes_; // the compiler can't know that no store changes the member
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
-      const Acc* const products = products_ + lane - (strip.begin - tile.begin) * row_stride; // of the tile
+      const auto product = [&](int64_t row) {
+        return Vec<Acc>::loadu(products_ + (row - rows.begin) * row_stride + lane);
+      };
       const Range columns = whole_columns<M>(Range{lane, lane + 1});
       const auto steps_of = [&](Range keys) {
         const Range seen = visibility.of_queries(columns.begin, columns.end, keys);
@@ -143,7 +146,7 @@ class ForwardBlock {
             WMHA_UNROLL
             for (int64_t term = 0; term < terms; ++term) {
               const int64_t row = step * terms + term;
-              Vec<Acc> score = transform.template score<capped>(Vec<Acc>::loadu(products + row * row_stride));
+              Vec<Acc> score = transform.template score<capped>(product(row));
               if constexpr (masked) score = mask.seen(row, lane).select(score, Vec<Acc>(-infinity));
               weights[term] = exp2(score - reference);
               sum = sum + weights[term];
@@ -159,42 +162,32 @@ class ForwardBlock {
         weigh(std::true_type(), range.begin, whole_begin);
         weigh(std::false_type(), whole_begin, whole_end);
         weigh(std::true_type(), whole_end, range.end);
-      } while (move_references(sum, lane, mask, strip_rows, steps_of({tile.begin, strip.begin}), [&] {
-        return largest_score<capped>(transform, mask, products, range, lane);
+      } while (move_references(sum, lane, mask, rows, steps_of({tile.begin, strip.begin}), [&] {
+        Vec<Acc> largest(-infinity);
+        for (int64_t row = range.begin * terms; row < range.end * terms; ++row) {
+          const Vec<Acc> score = transform.template score<capped>(product(row));
+          largest = larger(mask.seen(row, lane).select(score, Vec<Acc>(-infinity)), largest);
+        }
+        return largest;
       }));
       (Vec<Acc>::loadu(sum_ + lane) + sum).store(sum_ + lane);
     }
   }
 
-  template <bool capped>
-  Vec<Acc> largest_score(
-      const ScoreTransform<M>& transform,
-      const TileMask<Acc>& mask,
-      const Acc* products,
-      Range range,
-      int64_t lane) const {
-    Vec<Acc> largest(-infinity);
-    for (int64_t row = range.begin * terms; row < range.end * terms; ++row) {
-      const Vec<Acc> score = transform.template score<capped>(Vec<Acc>::loadu(products + row * lanes_));
-      largest = larger(mask.seen(row, lane).select(score, Vec<Acc>(-infinity)), largest);
-    }
-    return largest;
-  }
-
   /// Moves the references of a vector of queries for which a strip's `sum` of weights is too large, or is the first and
-  /// too small, to the largest score, and with them what was summed up under the old ones: also the weights of the
-  /// tile's `earlier` steps. False if all stay.
+  /// too small, to the strip's largest score, and with them what was summed up under the old ones: also the weights of
+  /// the tile's `earlier` steps. `rows`: the strip's in the tile. False if all references stay.
   template <typename Largest>
   bool move_references(
       Vec<Acc> sum,
       int64_t lane,
       const TileMask<Acc>& mask,
-      Range strip,
+      Range rows,
       Range earlier,
       const Largest& largest_score) {
     const Vec<Acc> sum_before = Vec<Acc>::loadu(sum_ + lane);
     const Vec<Acc> is_first = sum_before == Vec<Acc>(Acc(0));
-    const Vec<Acc> sum_of_seen = mask.any_seen(strip, lane).select(sum, Vec<Acc>(Acc(1)));
+    const Vec<Acc> sum_of_seen = mask.any_seen(rows, lane).select(sum, Vec<Acc>(Acc(1)));
     const Vec<Acc> far =
         (sum_of_seen > Vec<Acc>(largest_sum)) | (is_first & (sum_of_seen < Vec<Acc>(smallest_first_sum)));
     if (!any(far)) return false;
