@@ -10,27 +10,8 @@
 #include "../problem.h"
 #include "kernels.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace wmha {
 namespace {
-
-/// Asks for large pages for a new tensor whose memory was mapped afresh, as malloc does from 32 MB on: else the system
-/// makes 4 kB of it at a time while the kernels write (a tenth of the time of a long sequence).
-void use_large_pages([[maybe_unused]] const at::Tensor& tensor) {
-#ifdef __linux__
-  constexpr size_t least_mapped = 32 << 20;
-  if (tensor.nbytes() < least_mapped) return;
-  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  auto* const memory = static_cast<char*>(tensor.mutable_data_ptr());
-  // From the page that the tensor begins in: the mapping starts with it, and a large page is one of a mapping.
-  const size_t before = reinterpret_cast<uintptr_t>(memory) % page;
-  madvise(memory - before, before + tensor.nbytes(), MADV_HUGEPAGE); // refused: nothing is lost
-#endif
-}
 
 #ifdef WMHA_X86
 /// The kernels of bf16 tensors on CPUs with AVX-512. Products of bf16 pairs run at twice the rate of fp32 on AMD's
@@ -71,7 +52,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
     const at::Tensor& value,
     const AttentionOptions& options) {
   const Problem problem = Problem::of_forward(query, key, value, options);
-  use_large_pages(problem.output);
   const AttentionParams& params = problem.params;
   const cpu::Kernels& kernels = kernels_for(params.dtype);
   if (cpu::DecodeSchedule::applies(params)) {
@@ -108,8 +88,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
     const AttentionOptions& options) {
   Problem problem =
       Problem::of_backward(grad_output, grad_logsumexp, query, key, value, output, logsumexp, rng_state, options);
-  for (const at::Tensor& gradient : {problem.grad_query, problem.grad_key, problem.grad_value})
-    use_large_pages(gradient);
   AttentionParams& params = problem.params;
   const cpu::Kernels& kernels = kernels_for(params.dtype);
   const cpu::BackwardSchedule schedule(params);
