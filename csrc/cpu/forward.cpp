@@ -137,7 +137,7 @@ class ForwardBlock {
       const int64_t whole_begin = std::clamp(ceil_div(all_see.begin - tile.begin, terms), range.begin, range.end);
       const int64_t whole_end = std::clamp((all_see.end - tile.begin) / terms, whole_begin, range.end);
       Vec<Acc> sum;
-      do {
+      for (;;) {
         const Vec<Acc> reference = Vec<Acc>::loadu(reference_ + lane);
         sum = Vec<Acc>(Acc(0));
         const auto weigh = [&](auto masked, int64_t begin, int64_t end) {
@@ -162,43 +162,35 @@ class ForwardBlock {
         weigh(std::true_type(), range.begin, whole_begin);
         weigh(std::false_type(), whole_begin, whole_end);
         weigh(std::true_type(), whole_end, range.end);
-      } while (move_references(sum, lane, mask, rows, steps_of({tile.begin, strip.begin}), [&] {
+        const Vec<Acc> far = far_from_reference(mask.any_seen(rows, lane).select(sum, Vec<Acc>(Acc(1))), lane);
+        if (!any(far)) break;
         Vec<Acc> largest(-infinity);
         for (int64_t row = range.begin * terms; row < range.end * terms; ++row) {
           const Vec<Acc> score = transform.template score<capped>(product(row));
           largest = larger(mask.seen(row, lane).select(score, Vec<Acc>(-infinity)), largest);
         }
-        return largest;
-      }));
+        const Vec<Acc> moves = far & (largest > Vec<Acc>(-infinity));
+        if (!any(moves)) break;
+        move_references(lane, Vec<Acc>::blendv(reference, largest.ceil(), moves), steps_of({tile.begin, strip.begin}));
+      }
       (Vec<Acc>::loadu(sum_ + lane) + sum).store(sum_ + lane);
     }
   }
 
-  /// Moves the references of a vector of queries for which a strip's `sum` of weights is too large, or is the first and
-  /// too small, to the strip's largest score, and with them what was summed up under the old ones: also the weights of
-  /// the tile's `earlier` steps. `rows`: the strip's in the tile. False if all references stay.
-  template <typename Largest>
-  bool move_references(
-      Vec<Acc> sum,
-      int64_t lane,
-      const TileMask<Acc>& mask,
-      Range rows,
-      Range earlier,
-      const Largest& largest_score) {
-    const Vec<Acc> sum_before = Vec<Acc>::loadu(sum_ + lane);
-    const Vec<Acc> is_first = sum_before == Vec<Acc>(Acc(0));
-    const Vec<Acc> sum_of_seen = mask.any_seen(rows, lane).select(sum, Vec<Acc>(Acc(1)));
-    const Vec<Acc> far =
-        (sum_of_seen > Vec<Acc>(largest_sum)) | (is_first & (sum_of_seen < Vec<Acc>(smallest_first_sum)));
-    if (!any(far)) return false;
-    const Vec<Acc> largest = largest_score();
-    const Vec<Acc> moves = far & (largest > Vec<Acc>(-infinity));
-    if (!any(moves)) return false;
-    const Vec<Acc> reference = Vec<Acc>::loadu(reference_ + lane);
-    const Vec<Acc> next = Vec<Acc>::blendv(reference, largest.ceil(), moves);
-    const Vec<Acc> factor = Vec<Acc>::blendv(exp2(reference - next), Vec<Acc>(Acc(1)), is_first);
+  /// Of a vector of queries, those for which a strip's sum of weights is too large, or is the first and too small.
+  Vec<Acc> far_from_reference(Vec<Acc> sum, int64_t lane) const {
+    const Vec<Acc> is_first = Vec<Acc>::loadu(sum_ + lane) == Vec<Acc>(Acc(0));
+    return (sum > Vec<Acc>(largest_sum)) | (is_first & (sum < Vec<Acc>(smallest_first_sum)));
+  }
+
+  /// Moves the references of a vector of queries, and with them what was summed up under the old ones: also the weights
+  /// of the tile's `earlier` steps.
+  void move_references(int64_t lane, Vec<Acc> next, Range earlier) {
+    const Vec<Acc> sum = Vec<Acc>::loadu(sum_ + lane);
+    const Vec<Acc> moved = exp2(Vec<Acc>::loadu(reference_ + lane) - next);
+    const Vec<Acc> factor = Vec<Acc>::blendv(moved, Vec<Acc>(Acc(1)), sum == Vec<Acc>(Acc(0))); // not infinity times 0
     next.store(reference_ + lane);
-    (sum_before * factor).store(sum_ + lane);
+    (sum * factor).store(sum_ + lane);
     (Vec<Acc>::loadu(rescale_ + lane) * factor).store(rescale_ + lane);
     rescales_ = true;
     for (int64_t step = earlier.begin; step < earlier.end; ++step) {
@@ -209,7 +201,6 @@ class ForwardBlock {
       for (int64_t term = 0; term < terms; ++term) weights[term] = weights[term] * factor;
       Multiplicand<M>::store(weights, place);
     }
-    return true;
   }
 
   void store(int64_t batch, int64_t head, const Visibility& visibility, Range block) {

@@ -121,8 +121,7 @@ struct Visibility {
 
   /// Do all queries among the lanes see all of the keys?
   bool all_see(Range tile, Range lanes) const {
-    const int64_t last = std::min(lanes.end, queries) - 1;
-    return keys[last].begin <= tile.begin && tile.end <= keys[lanes.begin].end;
+    return of_all_queries(lanes.begin, lanes.end, tile).size() == tile.size();
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <string>
 #include <tuple>
 
@@ -51,16 +52,19 @@ class Kernels : public testing::TestWithParam<std::tuple<KernelSet, ScalarType>>
     });
   }
 
-  /// Forward and backward agree with the reference, and write where they should and nowhere else.
-  void check(const Case& c) {
+  /// Forward and backward agree with the reference, and write where they should and nowhere else. prepare(problem) may
+  /// change the inputs.
+  void check(const Case& c, const std::function<void(Problem&)>& prepare = [](Problem&) {}) {
     SCOPED_TRACE(testing::Message() << c);
     Problem problem(dtype(), c);
+    prepare(problem);
     run(set(), problem);
     const auto expected = solve(problem, c);
     expect_close("output", problem.output, expected->output, c.slack);
     expect_close("logsumexp", problem.logsumexp, expected->logsumexp, c.slack);
     if (decodes(problem.params)) {
       Problem decoded(dtype(), c);
+      prepare(decoded);
       decode(set(), decoded);
       expect_close("decoded output", decoded.output, expected->output, c.slack);
       expect_close("decoded logsumexp", decoded.logsumexp, expected->logsumexp, c.slack);
