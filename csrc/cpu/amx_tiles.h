@@ -97,6 +97,18 @@ struct StoreTo {
   void finish(int64_t column) const { store_sums(product, column); }
 };
 
+/// A target: as StoreTo, for one tile, but the product stays in the registers until store(). What it replaces may be
+/// used until then, while the product is made.
+template <typename T>
+struct StoreLater {
+  static constexpr bool is_late = true;
+  RowMajor<T> product;
+
+  void start(int64_t) const { clear_sums(); }
+  void finish(int64_t) const {}
+  void store() const { store_sums(product, 0); }
+};
+
 /// A target: the product is added to rows of `sum`.
 template <typename T>
 struct AddTo {

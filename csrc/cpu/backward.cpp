@@ -38,8 +38,8 @@ class BackwardBlock {
         grad_query_(params.key_dim),
         packed_query_(steps<M>(params.key_dim) * query_block),
         packed_grad_output_(steps<M>(params.value_dim) * query_block),
-        scores_(tile_rows * query_block),
-        grad_weights_(tile_rows * query_block),
+        scores_(tile_rows * lanes_at_once),
+        grad_weights_(tile_rows * lanes_at_once),
         weights_(tile_rows * query_block),
         grad_scores_(tile_rows * query_block),
         grad_scores_by_query_(key_block * query_block),
@@ -56,7 +56,7 @@ class BackwardBlock {
   double run(int64_t batch, int64_t head, Range block, KeyGradients<T>& key_gradients) {
     lanes_ = whole_columns<M>(block.size());
     const ScoreTransform<M> transform(params_, head);
-    const Visibility visibility(params_.window, block);
+    const Visibility visibility(params_.window, block, lanes_);
     const Rows<T> queries = rows_of<T>(params_.query, batch, head, block, params_.key_dim);
     const Rows<T> grad_outputs = rows_of<T>(params_.grad_output, batch, head, block, params_.value_dim);
     const auto left_queries = left_rows<M>(queries, query_left_);
@@ -88,16 +88,20 @@ class BackwardBlock {
         ahead.fetch();
         seeing = visibility.of_keys(group, seeing);
         const Range lanes = whole_columns<M>(seeing);
-        multiply_group(left_keys, row, group.size(), params_.key_dim, packed_query_, lanes, scores_);
-        multiply_group(left_values, row, group.size(), params_.value_dim, packed_grad_output_, lanes, grad_weights_);
         const Range whole{first, first + whole_terms<M>(group.size())};
-        with_mask<Acc>(visibility, whole, lanes, [&](auto masked, Range lanes) {
-          with_flags(
-              [&](auto drops, auto capped) {
-                differentiate_scores<masked, drops, capped>(transform, mask, row, group, lanes, block.begin, dropout);
-              },
-              params_.dropout.enabled(), transform.cap > 0);
-        });
+        for (int64_t lane = lanes.begin; lane < lanes.end; lane += lanes_at_once) {
+          const Range part{lane, std::min(lane + lanes_at_once, lanes.end)};
+          multiply_group(left_keys, row, group.size(), params_.key_dim, packed_query_, part, scores_);
+          multiply_group(left_values, row, group.size(), params_.value_dim, packed_grad_output_, part, grad_weights_);
+          with_mask<Acc>(visibility, whole, part, [&](auto masked, Range lanes) {
+            with_flags(
+                [&](auto drops, auto capped) {
+                  differentiate_scores<masked, drops, capped>(
+                      transform, mask, row, group, part.begin, lanes, block.begin, dropout);
+                },
+                params_.dropout.enabled(), transform.cap > 0);
+          });
+        }
         add_to_keys(seeing, weights_, right_grad_outputs, key_gradients.value_rows(first), value_width_);
         add_to_keys(seeing, grad_scores_, right_queries, key_gradients.key_rows(first), key_width_);
       }
@@ -134,7 +138,7 @@ class BackwardBlock {
     std::fill(delta_ + block.size(), delta_ + lanes_, Acc(0));
   }
 
-  /// products[key][lane] = <row, packed column> for a group of keys and the lanes given.
+  /// products[key][lane - lanes.begin] = <row, packed column> for a group of keys and the lanes given.
   void multiply_group(
       RowMajor<const M> rows,
       int64_t row,
@@ -143,20 +147,21 @@ class BackwardBlock {
       const M* packed,
       Range lanes,
       Acc* products) {
-    const StoreTo<Acc> target{{products, lanes_}};
+    const StoreTo<Acc> target{{products - lanes.begin, lanes_at_once}};
     multiply<M>(
         lanes.begin / vector, lanes.end / vector, steps<M>(dim), LeftRows<M>({rows.row(row), rows.row_stride}, keys),
         {packed, lanes_}, target);
   }
 
   /// From products to gradients, for a group of keys: weights_ (of the values, dropout applied), grad_scores_ in both
-  /// forms, and the sums of dz * z. `first_row` is the group's place in the tile.
+  /// forms, and the sums of dz * z. `first_row` is the group's place in the tile, `first_lane` that of the products.
   template <bool masked, bool drops, bool capped>
   void differentiate_scores(
       const ScoreTransform<M>& transform,
       const TileMask<Acc>& mask,
       int64_t first_row,
       Range group,
+      int64_t first_lane,
       Range lanes,
       int64_t first_query,
       DropoutLanes<Acc>& dropout) {
@@ -164,37 +169,41 @@ class BackwardBlock {
     const Vec<Acc> inverse_keep(static_cast<Acc>(params_.dropout.inverse_keep));
     const int64_t count = lanes_; // the compiler can't know that no store changes the member
     for (int64_t lane = lanes.begin; lane < lanes.end; lane += vector) {
-      const Acc* const scores = scores_ + lane;
-      const Acc* const grad_weights = grad_weights_ + lane;
+      const Acc* const scores = scores_ + (lane - first_lane);
+      const Acc* const grad_weights = grad_weights_ + (lane - first_lane);
       M* const weights = weights_ + lane / terms;
       M* const grad_scores_by_key = grad_scores_ + lane / terms;
       M* const grad_scores_by_query = grad_scores_by_query_ + first_row / terms * count + lane;
       const Vec<Acc> logsumexp = Vec<Acc>::loadu(logsumexp_ + lane);
       const Vec<Acc> delta = Vec<Acc>::loadu(delta_ + lane);
       Vec<Acc> temperature = Vec<Acc>::loadu(temperature_ + lane);
+      Vec<Acc> place(static_cast<Acc>(first_row)); // in the tile, in all lanes
       for (int64_t step = 0; step < steps<M>(group.size()); ++step) {
+        Vec<Acc> value_weights[terms];
         Vec<Acc> grad_scores[terms];
         WMHA_UNROLL
         for (int64_t term = 0; term < terms; ++term) {
           const int64_t row = step * terms + term;
           const int64_t key = group.begin + row;
-          const Seen<Acc> lanes_seen = mask.seen(first_row + row, lane);
+          const Seen<Acc> lanes_seen = mask.seen(place, lane);
+          place = place + Vec<Acc>(Acc(1));
           const auto seen = [&](Vec<Acc> x) { return masked ? lanes_seen.select(x, zero) : x; };
-          const Vec<Acc> z = transform.template score<capped>(Vec<Acc>::loadu(scores + row * count));
+          const Vec<Acc> z = transform.template score<capped>(Vec<Acc>::loadu(scores + row * lanes_at_once));
           const Vec<Acc> weight = exp2(z - logsumexp);
-          Vec<Acc> grad_weight = Vec<Acc>::loadu(grad_weights + row * count);
-          Vec<Acc> value_weight = weight;
+          Vec<Acc> grad_weight = Vec<Acc>::loadu(grad_weights + row * lanes_at_once);
+          value_weights[term] = seen(weight);
           if constexpr (drops) {
             if (row == 0 || key % Dropout::group == 0) dropout.draw(key, first_query + lane);
             grad_weight = dropout.keep(grad_weight * inverse_keep, key);
-            value_weight = dropout.keep(weight * inverse_keep, key);
+            value_weights[term] = dropout.keep(value_weights[term] * inverse_keep, key);
           }
           const Vec<Acc> grad_z = seen(weight * (grad_weight - delta));
           temperature = at::vec::fmadd(grad_z, seen(z), temperature);
           grad_scores[term] = grad_z * seen(transform.template derivative<capped>(z));
-          Multiplicand<M>::store_neighbours(seen(value_weight), weights + row * (count / terms));
-          Multiplicand<M>::store_neighbours(grad_scores[term], grad_scores_by_key + row * (count / terms));
         }
+        // terms rows of count / terms multiplicands each
+        Multiplicand<M>::store_rows(value_weights, weights + step * count, count / terms);
+        Multiplicand<M>::store_rows(grad_scores, grad_scores_by_key + step * count, count / terms);
         Multiplicand<M>::store(grad_scores, grad_scores_by_query + step * count);
       }
       temperature.store(temperature_ + lane);
@@ -222,8 +231,8 @@ class BackwardBlock {
   Buffer<M> packed_query_;       // [steps(key_dim)][lanes]
   Buffer<M> packed_grad_output_; // [steps(value_dim)][lanes]
   // Of a group of keys:
-  Buffer<Acc> scores_;       // [tile_rows][lanes], products
-  Buffer<Acc> grad_weights_; // [tile_rows][lanes]
+  Buffer<Acc> scores_;       // [tile_rows][lanes_at_once], products
+  Buffer<Acc> grad_weights_; // [tile_rows][lanes_at_once]
   Buffer<M> weights_;        // [tile_rows][steps(lanes)]
   Buffer<M> grad_scores_;    // [tile_rows][steps(lanes)]
   // Of a tile of keys:

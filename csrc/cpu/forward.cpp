@@ -38,15 +38,17 @@ class ForwardBlock {
   // than its inverse: fp32 reaches from 2^-126 to 2^128, which leaves room for many keys and large values.
   static constexpr Acc largest_sum = 1 << 20;
   static constexpr Acc smallest_first_sum = 1 / largest_sum;
+  // While a strip's products are turned into weights, those of the next one are made, if the registers hold them.
+  static constexpr int64_t keys_ahead = StoreLater<Acc>::is_late ? strip_keys : 0;
 
  public:
   explicit ForwardBlock(const AttentionParams& params)
       : params_(params),
-        packed_query_(steps<M>(params.key_dim) * query_block),
+        packed_query_(steps<M>(params.key_dim) * forward_block),
         output_(params.value_dim),
-        products_(strip_keys * query_block),
-        weights_(steps<M>(key_block) * query_block),
-        query_rows_(query_block * left_width<M>(params.key_dim)),
+        products_(strip_keys * forward_block),
+        weights_(steps<M>(key_block) * forward_block),
+        query_rows_(forward_block * left_width<M>(params.key_dim)),
         most_keys_(most_keys_of_block(params)),
         keys_(params.key_dim, most_keys_, params.keys()),
         values_(params.value_dim, most_keys_, params.keys()) {}
@@ -54,7 +56,7 @@ class ForwardBlock {
   void run(int64_t batch, int64_t head, Range block) {
     lanes_ = whole_columns<M>(block.size());
     const ScoreTransform<M> transform(params_, head);
-    const Visibility visibility(params_.window, block);
+    const Visibility visibility(params_.window, block, lanes_);
     const auto queries = left_rows<M>(rows_of<T>(params_.query, batch, head, block, params_.key_dim), query_rows_);
     pack_columns(queries, block.size(), steps<M>(params_.key_dim), lanes_, transform.factor, packed_query_);
     output_.start(lanes_);
@@ -71,14 +73,18 @@ class ForwardBlock {
       std::fill_n(rescale_, lanes_, Acc(1));
       rescales_ = false;
       Range seeing{0, 0};
-      for (int64_t first = tile.begin; first < tile.end; first += strip_keys) {
-        const Range strip{first, std::min(first + strip_keys, tile.end)};
-        seeing = multiply_strip(key_rows, visibility, tile, strip, seeing, ahead);
-        with_flags(
-            [&](auto drops, auto capped) {
-              compute_weights<drops, capped>(transform, visibility, mask, tile, strip, block.begin, dropout);
-            },
-            params_.dropout.enabled(), transform.cap > 0);
+      for (int64_t first = tile.begin; first < tile.end + keys_ahead; first += strip_keys) {
+        const auto strip_from = [&](int64_t key) { return Range{key, std::min(key + strip_keys, tile.end)}; };
+        if (first < tile.end) seeing = multiply_strip(key_rows, visibility, tile, strip_from(first), seeing, ahead);
+        if (first >= tile.begin + keys_ahead) {
+          with_flags(
+              [&](auto drops, auto capped) {
+                const Range strip = strip_from(first - keys_ahead);
+                compute_weights<drops, capped>(transform, visibility, mask, tile, strip, block.begin, dropout);
+              },
+              params_.dropout.enabled(), transform.cap > 0);
+        }
+        if (first < tile.end) StoreLater<Acc>{{products_, lanes_}}.store();
       }
       const auto values = values_.of(params_.value, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
       output_.add(visibility, tile, weights_, values, rescales_ ? rescale_ : nullptr);
@@ -102,7 +108,7 @@ class ForwardBlock {
       seeing = visibility.of_keys(group, seeing);
       const Range lanes = whole_columns<M>(seeing);
       const LeftRows<M> left({keys.row(key - tile.begin), keys.row_stride}, group.size());
-      const StoreTo<Acc> target{{products_ + (key - strip.begin) * lanes_, lanes_}};
+      const StoreLater<Acc> target{{products_ + (key - strip.begin) * lanes_, lanes_}};
       multiply<M>(
           lanes.begin / vector, lanes.end / vector, steps<M>(params_.key_dim), left, {packed_query_, lanes_}, target);
     }
@@ -120,6 +126,8 @@ class ForwardBlock {
       int64_t first_query,
       DropoutLanes<Acc>& dropout) {
     const Range rows{strip.begin - tile.begin, strip.end - tile.begin}; // of the strip in the tile
+    const Vec<Acc> first_row(static_cast<Acc>(rows.begin));
+    const Vec<Acc> last_row(static_cast<Acc>(rows.end - 1));
     const int64_t row_stride = lanes_; // the compiler can't know that no store changes the member
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
       const auto product = [&](int64_t row) {
@@ -141,13 +149,17 @@ class ForwardBlock {
         const Vec<Acc> reference = Vec<Acc>::loadu(reference_ + lane);
         sum = Vec<Acc>(Acc(0));
         const auto weigh = [&](auto masked, int64_t begin, int64_t end) {
+          Vec<Acc> place(static_cast<Acc>(begin * terms)); // the row, in all lanes
           for (int64_t step = begin; step < end; ++step) {
             Vec<Acc> weights[terms];
             WMHA_UNROLL
             for (int64_t term = 0; term < terms; ++term) {
               const int64_t row = step * terms + term;
               Vec<Acc> score = transform.template score<capped>(product(row));
-              if constexpr (masked) score = mask.seen(row, lane).select(score, Vec<Acc>(-infinity));
+              if constexpr (masked) {
+                score = mask.seen(place, lane).select(score, Vec<Acc>(-infinity));
+                place = place + Vec<Acc>(Acc(1));
+              }
               weights[term] = exp2(score - reference);
               sum = sum + weights[term];
               if constexpr (drops) {
@@ -162,12 +174,14 @@ class ForwardBlock {
         weigh(std::true_type(), range.begin, whole_begin);
         weigh(std::false_type(), whole_begin, whole_end);
         weigh(std::true_type(), whole_end, range.end);
-        const Vec<Acc> far = far_from_reference(mask.any_seen(rows, lane).select(sum, Vec<Acc>(Acc(1))), lane);
+        const Vec<Acc> far =
+            far_from_reference(mask.any_seen(first_row, last_row, lane).select(sum, Vec<Acc>(Acc(1))), lane);
         if (!any(far)) break;
         Vec<Acc> largest(-infinity);
         for (int64_t row = range.begin * terms; row < range.end * terms; ++row) {
           const Vec<Acc> score = transform.template score<capped>(product(row));
-          largest = larger(mask.seen(row, lane).select(score, Vec<Acc>(-infinity)), largest);
+          const Vec<Acc> place(static_cast<Acc>(row));
+          largest = larger(mask.seen(place, lane).select(score, Vec<Acc>(-infinity)), largest);
         }
         const Vec<Acc> moves = far & (largest > Vec<Acc>(-infinity));
         if (!any(moves)) break;
@@ -231,11 +245,11 @@ class ForwardBlock {
   PackedKeys<T, LeftForm<T>> keys_;
   PackedKeys<T, RightForm<T>> values_;
   int64_t lanes_ = 0; // queries of this block, in whole vectors
-  alignas(64) Acc reference_[query_block];
-  Acc sum_[query_block];
-  Acc rescale_[query_block]; // factors for the outputs, before the tile's share is added
-  bool rescales_ = false;    // one of them isn't 1
-  Acc logsumexp_[query_block];
+  alignas(64) Acc reference_[forward_block];
+  Acc sum_[forward_block];
+  Acc rescale_[forward_block]; // factors for the outputs, before the tile's share is added
+  bool rescales_ = false;      // one of them isn't 1
+  Acc logsumexp_[forward_block];
 };
 
 } // namespace
@@ -249,8 +263,8 @@ void forward(const AttentionParams& params, Tasks& tasks) {
         const int64_t batch_head = task / tasks_of_head;
         const int64_t begin = task % tasks_of_head * task_queries;
         const int64_t end = std::min(begin + task_queries, params.queries);
-        for (int64_t first = begin; first < end; first += query_block) {
-          const Range queries{first, std::min(first + query_block, end)};
+        for (int64_t first = begin; first < end; first += forward_block) {
+          const Range queries{first, std::min(first + forward_block, end)};
           block.run(batch_head / params.heads, batch_head % params.heads, queries);
         }
       }

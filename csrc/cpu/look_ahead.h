@@ -15,12 +15,19 @@ template <typename T>
 class RowsAhead {
  public:
   RowsAhead() = default;
-  /// The positions [first, first + query_block) that there are of `positions`.
+  /// The positions [first, first + count) that there are of `positions`.
   template <typename Pointer>
-  RowsAhead(const TensorView<Pointer>& view, int64_t batch, int64_t head, int64_t first, int64_t positions, int64_t dim)
+  RowsAhead(
+      const TensorView<Pointer>& view,
+      int64_t batch,
+      int64_t head,
+      int64_t first,
+      int64_t count,
+      int64_t positions,
+      int64_t dim)
       : row_(at<T>(view, batch, head, first)),
         stride_(view.position_stride),
-        count_(std::min(query_block, positions - first)),
+        count_(std::min(count, positions - first)),
         dim_(dim) {}
 
   void fetch(int64_t rows) {
@@ -39,14 +46,15 @@ template <typename T>
 class LookAhead {
  public:
   LookAhead(const AttentionParams& params, int64_t batch, int64_t head, Range block, Range keys)
-      : rows_(ceil_div(query_block * tile_rows, std::max<int64_t>(keys.size(), 1))) {
+      : rows_(ceil_div(block.size() * tile_rows, std::max<int64_t>(keys.size(), 1))) {
     const int64_t kv_head = params.kv_head(head);
-    tensors_[0] = {params.query, batch, head, block.end, params.queries, params.key_dim};
-    tensors_[1] = {params.output, batch, head, block.end, params.queries, params.value_dim};
-    tensors_[2] = {params.key, batch, kv_head, keys.end, params.keys(), params.key_dim};
-    tensors_[3] = {params.value, batch, kv_head, keys.end, params.keys(), params.value_dim};
+    const int64_t count = block.size();
+    tensors_[0] = {params.query, batch, head, block.end, count, params.queries, params.key_dim};
+    tensors_[1] = {params.output, batch, head, block.end, count, params.queries, params.value_dim};
+    tensors_[2] = {params.key, batch, kv_head, keys.end, count, params.keys(), params.key_dim};
+    tensors_[3] = {params.value, batch, kv_head, keys.end, count, params.keys(), params.value_dim};
     if (params.grad_output.data != nullptr) { // the backward pass
-      tensors_[4] = {params.grad_output, batch, head, block.end, params.queries, params.value_dim};
+      tensors_[4] = {params.grad_output, batch, head, block.end, count, params.queries, params.value_dim};
     }
   }
 

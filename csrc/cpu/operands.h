@@ -73,8 +73,8 @@ struct Multiplicand {
   /// Stores the terms of one step, a vector of each, and loads them.
   static void store(const Vec<M> (&terms)[1], M* place) { terms[0].store(place); }
   static void load(const M* place, Vec<M> (&terms)[1]) { terms[0] = Vec<M>::loadu(place); }
-  /// Stores neighbouring terms, one in each lane.
-  static void store_neighbours(Vec<M> terms, M* place) { terms.store(place); }
+  /// Stores rows whose lanes are neighbouring terms.
+  static void store_rows(const Vec<M> (&rows)[1], M* place, int64_t /*row_stride*/) { rows[0].store(place); }
 };
 
 #if defined(CPU_CAPABILITY_AVX512_BF16)
@@ -114,8 +114,10 @@ struct Multiplicand<BFloat16Pair> {
     terms[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     terms[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(~0xffff)));
   }
-  static void store_neighbours(Vec<float> terms, BFloat16Pair* place) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), (__m256i)_mm512_cvtneps_pbh(terms));
+  static void store_rows(const Vec<float> (&rows)[2], BFloat16Pair* place, int64_t row_stride) {
+    const auto halves = (__m512i)_mm512_cvtne2ps_pbh(rows[1], rows[0]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), _mm512_castsi512_si256(halves));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(place + row_stride), _mm512_extracti64x4_epi64(halves, 1));
   }
 };
 

@@ -33,7 +33,6 @@ class QuerySums {
   void start(int64_t lanes) {
     lanes_ = lanes;
     empty_ = true;
-    std::fill_n(sums_.data(), width_ * lanes_, 0.0f);
   }
 
   /// sum = factors * sum + left^T right, where factors are one for each query, if any. left: [steps(tile)][lanes],
@@ -45,7 +44,6 @@ class QuerySums {
       RowMajor<const M> right,
       const float* factors = nullptr) {
     if (factors != nullptr && !empty_) scale(factors);
-    empty_ = false;
     const int64_t group_size = RightForm<T>::group_size(dim_);
     for (int64_t lane = 0; lane < lanes_; lane += Multiplicand<M>::columns) {
       const Range columns{lane / Vec<float>::size(), (lane + Multiplicand<M>::columns) / Vec<float>::size()};
@@ -54,14 +52,21 @@ class QuerySums {
       const M* const groups = right.data + depth.begin / RightForm<T>::group_steps * group_size;
       for (int64_t d = 0; d < dim_; d += tile_rows) {
         const LeftRows<M> features({groups + d * right.row_stride, right.row_stride}, tile_rows, group_size);
-        const AddTo<float> target{{sums_ + d * lanes_, lanes_}};
-        multiply<M>(columns.begin, columns.end, depth.size(), features, {left + depth.begin * lanes_, lanes_}, target);
+        const RowMajor<const M> weights{left + depth.begin * lanes_, lanes_};
+        const RowMajor<float> sums{sums_ + d * lanes_, lanes_};
+        if (empty_) {
+          multiply<M>(columns.begin, columns.end, depth.size(), features, weights, StoreTo<float>{sums});
+        } else {
+          multiply<M>(columns.begin, columns.end, depth.size(), features, weights, AddTo<float>{sums});
+        }
       }
     }
+    empty_ = false;
   }
 
   /// Rows of `target` become the sums of `count` queries, times their factors, if any.
   void store(const float* factors, int64_t count, T* target, int64_t stride) {
+    if (empty_) std::fill_n(sums_.data(), width_ * lanes_, 0.0f);
     constexpr int64_t vector = Vec<float>::size();
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
       const Vec<float> factor = factors == nullptr ? Vec<float>(1.0f) : Vec<float>::loadu(factors + lane);

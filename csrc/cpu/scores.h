@@ -20,6 +20,22 @@ constexpr int64_t query_block = 96;
 constexpr int64_t query_block = 48;
 #endif
 
+/// Those of the forward pass, at most query_block. With AMX, what belongs to 32 queries (sums, weights, products) stays
+/// in the first cache: 5 to 14 % faster than 96. The backward pass is 5 to 29 % slower with 32, since it adds to dK and
+/// dV of a key once for each block.
+#if defined(CPU_CAPABILITY_AMX)
+constexpr int64_t forward_block = 32;
+#else
+constexpr int64_t forward_block = query_block;
+#endif
+
+/// Of them, the ones whose products with a group of keys are made and used before the next ones' are.
+#if defined(CPU_CAPABILITY_AMX)
+constexpr int64_t lanes_at_once = 2 * register_rows;
+#else
+constexpr int64_t lanes_at_once = query_block;
+#endif
+
 /// The keys that a block of queries sees, at most.
 inline int64_t most_keys_of_block(const AttentionParams& params) {
   int64_t most = 0;
@@ -83,9 +99,11 @@ struct ScoreTransform {
 struct Visibility {
   Range keys[query_block];
   int64_t queries;
+  int64_t lanes; // queries, in whole vectors
 
-  Visibility(const Window& window, Range block) : queries(block.size()) {
-    for (int64_t i = 0; i < query_block; ++i) keys[i] = i < queries ? window.keys_of(block.begin + i) : Range{0, 0};
+  Visibility(const Window& window, Range block, int64_t lanes) : queries(block.size()), lanes(lanes) {
+    for (int64_t i = 0; i < queries; ++i) keys[i] = window.keys_of(block.begin + i);
+    std::fill(keys + queries, keys + lanes, Range{0, 0});
   }
 
   /// The keys of `tile` that at least one of the queries in [begin, end) sees.
@@ -154,20 +172,18 @@ template <typename Acc>
 class TileMask {
  public:
   TileMask(const Visibility& visibility, Range tile) {
-    for (int64_t i = 0; i < query_block; ++i) { // relative to the tile: small numbers, exact in any floating type
+    for (int64_t i = 0; i < visibility.lanes; ++i) { // relative to the tile: small numbers, exact in any floating type
       first_[i] = static_cast<Acc>(std::max(visibility.keys[i].begin, tile.begin) - tile.begin);
       end_[i] = static_cast<Acc>(std::min(visibility.keys[i].end, tile.end) - tile.begin);
     }
   }
 
-  /// `key` is relative to the tile, `lane` the vector's first query.
-  Seen<Acc> seen(int64_t key, int64_t lane) const { return any_seen({key, key + 1}, lane); }
+  /// `key`, in all lanes, is relative to the tile; `lane` is the vector's first query.
+  Seen<Acc> seen(Vec<Acc> key, int64_t lane) const { return any_seen(key, key, lane); }
 
-  /// At least one of the keys, which are relative to the tile.
-  Seen<Acc> any_seen(Range keys, int64_t lane) const {
-    return Seen<Acc>::between(
-        Vec<Acc>::loadu(first_ + lane), Vec<Acc>(static_cast<Acc>(keys.begin)),
-        Vec<Acc>(static_cast<Acc>(keys.end - 1)), Vec<Acc>::loadu(end_ + lane));
+  /// At least one of the keys from `first` to `last`.
+  Seen<Acc> any_seen(Vec<Acc> first, Vec<Acc> last, int64_t lane) const {
+    return Seen<Acc>::between(Vec<Acc>::loadu(first_ + lane), first, last, Vec<Acc>::loadu(end_ + lane));
   }
 
  private:
