@@ -128,6 +128,7 @@ class ForwardBlock {
     const Range rows{strip.begin - tile.begin, strip.end - tile.begin}; // of the strip in the tile
     const Vec<Acc> first_row(static_cast<Acc>(rows.begin));
     const Vec<Acc> last_row(static_cast<Acc>(rows.end - 1));
+    const bool all_see = visibility.all_see({strip.begin, strip.begin + whole_terms<M>(strip.size())}, {0, lanes_});
     const int64_t row_stride = lanes_; // the compiler can't know that no store changes the member
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
       const auto product = [&](int64_t row) {
@@ -138,12 +139,15 @@ class ForwardBlock {
         const Range seen = visibility.of_queries(columns.begin, columns.end, keys);
         return steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
       };
-      const Range range = steps_of(strip);
-      if (range.size() == 0) continue;
-      // Of these the ones whose keys are all seen by all queries.
-      const Range all_see = visibility.of_all_queries(lane, lane + vector, strip);
-      const int64_t whole_begin = std::clamp(ceil_div(all_see.begin - tile.begin, terms), range.begin, range.end);
-      const int64_t whole_end = std::clamp((all_see.end - tile.begin) / terms, whole_begin, range.end);
+      Range range = steps<M>(rows); // at least one query sees these
+      Range whole = range;          // and all queries these
+      if (!all_see) {
+        range = steps_of(strip);
+        if (range.size() == 0) continue;
+        const Range by_all = visibility.of_all_queries(lane, lane + vector, strip);
+        whole.begin = std::clamp(ceil_div(by_all.begin - tile.begin, terms), range.begin, range.end);
+        whole.end = std::clamp((by_all.end - tile.begin) / terms, whole.begin, range.end);
+      }
       Vec<Acc> sum;
       for (;;) {
         const Vec<Acc> reference = Vec<Acc>::loadu(reference_ + lane);
@@ -171,11 +175,12 @@ class ForwardBlock {
             Multiplicand<M>::store(weights, weights_ + step * row_stride + lane);
           }
         };
-        weigh(std::true_type(), range.begin, whole_begin);
-        weigh(std::false_type(), whole_begin, whole_end);
-        weigh(std::true_type(), whole_end, range.end);
-        const Vec<Acc> far =
-            far_from_reference(mask.any_seen(first_row, last_row, lane).select(sum, Vec<Acc>(Acc(1))), lane);
+        weigh(std::true_type(), range.begin, whole.begin);
+        weigh(std::false_type(), whole.begin, whole.end);
+        weigh(std::true_type(), whole.end, range.end);
+        const Vec<Acc> one(Acc(1));
+        const Vec<Acc> seen_sum = all_see ? sum : mask.any_seen(first_row, last_row, lane).select(sum, one);
+        const Vec<Acc> far = far_from_reference(seen_sum, lane);
         if (!any(far)) break;
         Vec<Acc> largest(-infinity);
         for (int64_t row = range.begin * terms; row < range.end * terms; ++row) {
