@@ -104,13 +104,13 @@ class ForwardBlock {
       LookAhead<T>& ahead) {
     for (int64_t key = strip.begin; key < strip.end; key += tile_rows) {
       const Range group{key, std::min(key + tile_rows, strip.end)};
-      ahead.fetch();
       seeing = visibility.of_keys(group, seeing);
       const Range lanes = whole_columns<M>(seeing);
       const LeftRows<M> left({keys.row(key - tile.begin), keys.row_stride}, group.size());
       const StoreLater<Acc> target{{products_ + (key - strip.begin) * lanes_, lanes_}};
       multiply<M>(
           lanes.begin / vector, lanes.end / vector, steps<M>(params_.key_dim), left, {packed_query_, lanes_}, target);
+      ahead.fetch();
     }
     return seeing;
   }
