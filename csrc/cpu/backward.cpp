@@ -35,7 +35,7 @@ class BackwardBlock {
       : params_(params),
         key_width_(whole_columns<M>(params.key_dim)),
         value_width_(whole_columns<M>(params.value_dim)),
-        grad_query_(params.key_dim),
+        grad_query_(params.key_dim, query_block),
         packed_query_(steps<M>(params.key_dim) * query_block),
         packed_grad_output_(steps<M>(params.value_dim) * query_block),
         scores_(tile_rows * lanes_at_once),
@@ -201,7 +201,7 @@ class BackwardBlock {
           temperature = at::vec::fmadd(grad_z, seen(z), temperature);
           grad_scores[term] = grad_z * seen(transform.template derivative<capped>(z));
         }
-        // terms rows of count / terms multiplicands each
+        // Rows of count / terms multiplicands.
         Multiplicand<M>::store_rows(value_weights, weights + step * count, count / terms);
         Multiplicand<M>::store_rows(grad_scores, grad_scores_by_key + step * count, count / terms);
         Multiplicand<M>::store(grad_scores, grad_scores_by_query + step * count);

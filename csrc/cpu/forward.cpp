@@ -44,12 +44,13 @@ class ForwardBlock {
  public:
   explicit ForwardBlock(const AttentionParams& params)
       : params_(params),
-        packed_query_(steps<M>(params.key_dim) * forward_block),
-        output_(params.value_dim),
-        products_(strip_keys * forward_block),
-        weights_(steps<M>(key_block) * forward_block),
-        query_rows_(forward_block * left_width<M>(params.key_dim)),
+        most_lanes_(whole_columns<M>(std::min(forward_block, params.queries))),
         most_keys_(most_keys_of_block(params)),
+        packed_query_(steps<M>(params.key_dim) * most_lanes_),
+        output_(params.value_dim, most_lanes_),
+        products_(strip_keys * most_lanes_),
+        weights_(steps<M>(std::min(key_block, most_keys_)) * most_lanes_),
+        query_rows_(most_lanes_ * left_width<M>(params.key_dim)),
         keys_(params.key_dim, most_keys_, params.keys()),
         values_(params.value_dim, most_keys_, params.keys()) {}
 
@@ -241,12 +242,13 @@ class ForwardBlock {
 
   const AttentionParams& params_;
   [[no_unique_address]] TileRegisters tile_registers_;
+  const int64_t most_lanes_; // of a block
+  const int64_t most_keys_;
   Buffer<M> packed_query_; // [steps(key_dim)][lanes]
   QuerySums<T> output_;
-  Buffer<Acc> products_;    // [strip_keys][lanes]
-  Buffer<M> weights_;       // [steps(key_block)][lanes]
-  Buffer<M> query_rows_;    // [query_block][left_width(key_dim)]
-  const int64_t most_keys_; // of a block
+  Buffer<Acc> products_; // [strip_keys][lanes]
+  Buffer<M> weights_;    // [steps(tile)][lanes]
+  Buffer<M> query_rows_; // [lanes][left_width(key_dim)]
   PackedKeys<T, LeftForm<T>> keys_;
   PackedKeys<T, RightForm<T>> values_;
   int64_t lanes_ = 0; // queries of this block, in whole vectors

@@ -22,12 +22,12 @@ class QuerySums {
   using M = multiplicand_type<T>;
 
  public:
-  explicit QuerySums(int64_t dim)
+  QuerySums(int64_t dim, int64_t most_lanes)
       : dim_(dim),
         width_(whole_columns<M>(dim)),
-        sums_(width_ * query_block),
-        pairs_(width_ / 2 * query_block),
-        rows_(query_block * width_ / 2) {}
+        sums_(width_ * most_lanes),
+        pairs_(width_ / 2 * most_lanes),
+        rows_(most_lanes * width_ / 2) {}
 
   /// All sums become 0. The columns of `left` are `lanes`, whole tiles.
   void start(int64_t lanes) {
@@ -52,12 +52,12 @@ class QuerySums {
       const M* const groups = right.data + depth.begin / RightForm<T>::group_steps * group_size;
       for (int64_t d = 0; d < dim_; d += tile_rows) {
         const LeftRows<M> features({groups + d * right.row_stride, right.row_stride}, tile_rows, group_size);
-        const RowMajor<const M> weights{left + depth.begin * lanes_, lanes_};
+        const RowMajor<const M> seen_left{left + depth.begin * lanes_, lanes_};
         const RowMajor<float> sums{sums_ + d * lanes_, lanes_};
         if (empty_) {
-          multiply<M>(columns.begin, columns.end, depth.size(), features, weights, StoreTo<float>{sums});
+          multiply<M>(columns.begin, columns.end, depth.size(), features, seen_left, StoreTo<float>{sums});
         } else {
-          multiply<M>(columns.begin, columns.end, depth.size(), features, weights, AddTo<float>{sums});
+          multiply<M>(columns.begin, columns.end, depth.size(), features, seen_left, AddTo<float>{sums});
         }
       }
     }
@@ -101,7 +101,7 @@ class QuerySums {
   const int64_t width_;
   Buffer<float> sums_; // [width][lanes]
   Buffer<M> pairs_;    // [width / 2][lanes]
-  Buffer<M> rows_;     // [query_block][width / 2]
+  Buffer<M> rows_;     // [lanes][width / 2]
   int64_t lanes_ = 0;
   bool empty_ = true;
 };
@@ -144,7 +144,7 @@ class QuerySums {
   using Acc = acc_type<T>;
 
  public:
-  explicit QuerySums(int64_t dim) : dim_(dim), width_(whole_columns<M>(dim)), sums_(query_block * width_) {}
+  QuerySums(int64_t dim, int64_t most_lanes) : dim_(dim), width_(whole_columns<M>(dim)), sums_(most_lanes * width_) {}
 
   /// All sums become 0. The columns of `left` are `lanes`, whole tiles.
   void start(int64_t lanes) {
@@ -185,7 +185,7 @@ class QuerySums {
  private:
   const int64_t dim_;
   const int64_t width_;
-  Buffer<Acc> sums_; // [query_block][width]
+  Buffer<Acc> sums_; // [lanes][width]
   int64_t lanes_ = 0;
 };
 

