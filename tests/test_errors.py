@@ -340,3 +340,10 @@ def test_backward_operator(name, shape, dtype, message, arguments):
 def test_mask_operator(state, dropout_p, message, place, device):
     arguments = {"rng_state": state.to(device if place == "device" else "meta"), "dropout_p": dropout_p}
     refuses(torch.ops.wmha._dropout_mask, arguments | {"batch": 1, "heads": 1, "queries": 4, "keys": 4}, message)
+
+
+@pytest.mark.parametrize("option", ["scale", "softcap", "dropout_p", "query_offset"])
+def test_a_tensor_for_a_number(option):
+    query = torch.ones(Q)
+    with pytest.raises(RuntimeError, match=f"argument '{option}'.*'Tensor'"):
+        wmha.functional.attention(query, query, query, **{option: torch.ones(3)})
