@@ -96,8 +96,7 @@ class BackwardBlock {
           with_mask<Acc>(visibility, whole, part, [&](auto masked, Range lanes) {
             with_flags(
                 [&](auto drops, auto capped) {
-                  differentiate_scores<masked, drops, capped>(
-                      transform, mask, row, group, part.begin, lanes, block.begin, dropout);
+                  differentiate_scores<masked, drops, capped>(transform, mask, row, group, lanes, block.begin, dropout);
                 },
                 params_.dropout.enabled(), transform.cap > 0);
           });
@@ -138,7 +137,7 @@ class BackwardBlock {
     std::fill(delta_ + block.size(), delta_ + lanes_, Acc(0));
   }
 
-  /// products[key][lane - lanes.begin] = <row, packed column> for a group of keys and the lanes given.
+  /// products[key][lane % lanes_at_once] = <row, packed column> for a group of keys and the lanes given.
   void multiply_group(
       RowMajor<const M> rows,
       int64_t row,
@@ -147,21 +146,20 @@ class BackwardBlock {
       const M* packed,
       Range lanes,
       Acc* products) {
-    const StoreTo<Acc> target{{products - lanes.begin, lanes_at_once}};
+    const StoreTo<Acc> target{{products - lanes.begin / lanes_at_once * lanes_at_once, lanes_at_once}};
     multiply<M>(
         lanes.begin / vector, lanes.end / vector, steps<M>(dim), LeftRows<M>({rows.row(row), rows.row_stride}, keys),
         {packed, lanes_}, target);
   }
 
   /// From products to gradients, for a group of keys: weights_ (of the values, dropout applied), grad_scores_ in both
-  /// forms, and the sums of dz * z. `first_row` is the group's place in the tile, `first_lane` that of the products.
+  /// forms, and the sums of dz * z. `first_row` is the group's place in the tile.
   template <bool masked, bool drops, bool capped>
   void differentiate_scores(
       const ScoreTransform<M>& transform,
       const TileMask<Acc>& mask,
       int64_t first_row,
       Range group,
-      int64_t first_lane,
       Range lanes,
       int64_t first_query,
       DropoutLanes<Acc>& dropout) {
@@ -169,8 +167,8 @@ class BackwardBlock {
     const Vec<Acc> inverse_keep(static_cast<Acc>(params_.dropout.inverse_keep));
     const int64_t count = lanes_; // the compiler can't know that no store changes the member
     for (int64_t lane = lanes.begin; lane < lanes.end; lane += vector) {
-      const Acc* const scores = scores_ + (lane - first_lane);
-      const Acc* const grad_weights = grad_weights_ + (lane - first_lane);
+      const Acc* const scores = scores_ + lane % lanes_at_once;
+      const Acc* const grad_weights = grad_weights_ + lane % lanes_at_once;
       M* const weights = weights_ + lane / terms;
       M* const grad_scores_by_key = grad_scores_ + lane / terms;
       M* const grad_scores_by_query = grad_scores_by_query_ + first_row / terms * count + lane;

@@ -40,11 +40,12 @@ class ForwardBlock {
   static constexpr Acc smallest_first_sum = 1 / largest_sum;
   // While a strip's products are turned into weights, those of the next one are made, if the registers hold them.
   static constexpr int64_t keys_ahead = StoreLater<Acc>::is_late ? strip_keys : 0;
+  static_assert(keys_ahead == 0 || (strip_keys == tile_rows && lanes_at_once == Multiplicand<M>::columns), "one tile");
 
  public:
   explicit ForwardBlock(const AttentionParams& params)
       : params_(params),
-        most_lanes_(whole_columns<M>(std::min(forward_block, params.queries))),
+        most_lanes_(whole_columns<M>(std::min(lanes_at_once, params.queries))),
         most_keys_(most_keys_of_block(params)),
         packed_query_(steps<M>(params.key_dim) * most_lanes_),
         output_(params.value_dim, most_lanes_),
@@ -252,11 +253,11 @@ class ForwardBlock {
   PackedKeys<T, LeftForm<T>> keys_;
   PackedKeys<T, RightForm<T>> values_;
   int64_t lanes_ = 0; // queries of this block, in whole vectors
-  alignas(64) Acc reference_[forward_block];
-  Acc sum_[forward_block];
-  Acc rescale_[forward_block]; // factors for the outputs, before the tile's share is added
+  alignas(64) Acc reference_[lanes_at_once];
+  Acc sum_[lanes_at_once];
+  Acc rescale_[lanes_at_once]; // factors for the outputs, before the tile's share is added
   bool rescales_ = false;      // one of them isn't 1
-  Acc logsumexp_[forward_block];
+  Acc logsumexp_[lanes_at_once];
 };
 
 } // namespace
@@ -270,8 +271,8 @@ void forward(const AttentionParams& params, Tasks& tasks) {
         const int64_t batch_head = task / tasks_of_head;
         const int64_t begin = task % tasks_of_head * task_queries;
         const int64_t end = std::min(begin + task_queries, params.queries);
-        for (int64_t first = begin; first < end; first += forward_block) {
-          const Range queries{first, std::min(first + forward_block, end)};
+        for (int64_t first = begin; first < end; first += lanes_at_once) {
+          const Range queries{first, std::min(first + lanes_at_once, end)};
           block.run(batch_head / params.heads, batch_head % params.heads, queries);
         }
       }

@@ -10,37 +10,6 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-/// Rows of a tensor that will be needed soon.
-template <typename T>
-class RowsAhead {
- public:
-  RowsAhead() = default;
-  /// The positions [first, first + count) that there are of `positions`.
-  template <typename Pointer>
-  RowsAhead(
-      const TensorView<Pointer>& view,
-      int64_t batch,
-      int64_t head,
-      int64_t first,
-      int64_t count,
-      int64_t positions,
-      int64_t dim)
-      : row_(at<T>(view, batch, head, first)),
-        stride_(view.position_stride),
-        count_(std::min(count, positions - first)),
-        dim_(dim) {}
-
-  void fetch(int64_t rows) {
-    for (; rows > 0 && count_ > 0; --rows, --count_, row_ += stride_) prefetch(row_, dim_);
-  }
-
- private:
-  const T* row_ = nullptr;
-  int64_t stride_ = 0;
-  int64_t count_ = 0;
-  int64_t dim_ = 0;
-};
-
 /// The rows of all tensors behind a block of queries that sees `keys`.
 template <typename T>
 class LookAhead {
@@ -48,24 +17,29 @@ class LookAhead {
   LookAhead(const AttentionParams& params, int64_t batch, int64_t head, Range block, Range keys)
       : rows_(ceil_div(block.size() * tile_rows, std::max<int64_t>(keys.size(), 1))) {
     const int64_t kv_head = params.kv_head(head);
-    const int64_t count = block.size();
-    tensors_[0] = {params.query, batch, head, block.end, count, params.queries, params.key_dim};
-    tensors_[1] = {params.output, batch, head, block.end, count, params.queries, params.value_dim};
-    tensors_[2] = {params.key, batch, kv_head, keys.end, count, params.keys(), params.key_dim};
-    tensors_[3] = {params.value, batch, kv_head, keys.end, count, params.keys(), params.value_dim};
+    const Range next_queries{block.end, std::min(block.end + block.size(), params.queries)};
+    const Range next_keys{keys.end, std::min(keys.end + block.size(), params.keys())};
+    tensors_[0] = rows_of<T>(params.query, batch, head, next_queries, params.key_dim);
+    tensors_[1] = rows_of<T>(params.output, batch, head, next_queries, params.value_dim);
+    tensors_[2] = rows_of<T>(params.key, batch, kv_head, next_keys, params.key_dim);
+    tensors_[3] = rows_of<T>(params.value, batch, kv_head, next_keys, params.value_dim);
     if (params.grad_output.data != nullptr) { // the backward pass
-      tensors_[4] = {params.grad_output, batch, head, block.end, count, params.queries, params.value_dim};
+      tensors_[4] = rows_of<T>(params.grad_output, batch, head, next_queries, params.value_dim);
     }
   }
 
   /// To be called for each group of tile_rows keys.
   void fetch() {
-    for (RowsAhead<T>& tensor : tensors_) tensor.fetch(rows_);
+    for (Rows<T>& rows : tensors_) {
+      for (int64_t i = 0; i < rows_ && rows.count > 0; ++i, --rows.count, rows.data += rows.stride) {
+        prefetch(rows.data, rows.dim);
+      }
+    }
   }
 
  private:
-  RowsAhead<T> tensors_[5];
-  int64_t rows_; // of each, at a time
+  Rows<T> tensors_[5]{}; // what is left of them
+  int64_t rows_;         // of each, at a time
 };
 
 } // namespace wmha::cpu::CPU_CAPABILITY

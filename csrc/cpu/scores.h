@@ -20,17 +20,10 @@ constexpr int64_t query_block = 96;
 constexpr int64_t query_block = 48;
 #endif
 
-/// Those of the forward pass, at most query_block. With AMX, what belongs to 32 queries (sums, weights, products) stays
-/// in the first cache: 5 to 14 % faster than 96. The backward pass is 5 to 29 % slower with 32, since it adds to dK and
-/// dV of a key once for each block.
-#if defined(CPU_CAPABILITY_AMX)
-constexpr int64_t forward_block = 32;
-#else
-constexpr int64_t forward_block = query_block;
-#endif
-
-/// Those whose products with a group of keys the backward pass makes and uses before the next ones'. With AMX, products
-/// of 32 queries stay in the first cache: a tenth faster than 96.
+/// Of them, those that are worked on at a time: the forward pass takes blocks of so many, the backward pass makes and
+/// uses their products with a group of keys before the next ones'. With AMX, what belongs to 32 queries (sums, weights,
+/// products) stays in the first cache: 5 to 14 % faster than 96. Blocks of 32 would make the backward pass 5 to 29 %
+/// slower, since it adds to dK and dV of a key once for each block.
 #if defined(CPU_CAPABILITY_AMX)
 constexpr int64_t lanes_at_once = 2 * register_rows;
 #else
