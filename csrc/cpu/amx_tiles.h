@@ -101,7 +101,6 @@ struct StoreTo {
 /// used until then, while the product is made.
 template <typename T>
 struct StoreLater {
-  static constexpr bool is_late = true;
   RowMajor<T> product;
 
   void start(int64_t) const { clear_sums(); }

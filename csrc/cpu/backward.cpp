@@ -77,9 +77,9 @@ class BackwardBlock {
     LookAhead<T> ahead(params_, batch, head, block, keys);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
-      const auto left_keys = left_keys_.of(params_.key, batch, kv_head, tile, keys.begin);
-      const auto right_keys = terms == 1 ? left_keys : right_keys_.of(params_.key, batch, kv_head, tile, keys.begin);
-      const auto left_values = left_values_.of(params_.value, batch, kv_head, tile, keys.begin);
+      const auto left_keys = left_keys_.of(params_.key, batch, kv_head, tile, keys);
+      const auto right_keys = terms == 1 ? left_keys : right_keys_.of(params_.key, batch, kv_head, tile, keys);
+      const auto left_values = left_values_.of(params_.value, batch, kv_head, tile, keys);
       const TileMask<Acc> mask(visibility, tile);
       Range seeing{0, 0};
       for (int64_t first = tile.begin; first < tile.end; first += tile_rows) {
@@ -107,7 +107,7 @@ class BackwardBlock {
       grad_query_.add(visibility, tile, grad_scores_by_query_, right_keys);
     }
     grad_query_.store(
-        nullptr, block.size(), at<T>(params_.grad_query, batch, head, block.begin), params_.grad_query.position_stride);
+        block.size(), at<T>(params_.grad_query, batch, head, block.begin), params_.grad_query.position_stride);
     double temperature_sum = 0;
     for (int64_t i = 0; i < block.size(); ++i) temperature_sum += temperature_[i];
     return -temperature_sum * ln_of_2 * transform.inverse_temperature; // z is proportional to 1 / temperature

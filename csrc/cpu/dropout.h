@@ -1,6 +1,7 @@
-// Dropout bits for the lanes of a score tile: philox.h's, drawn for a vector of queries and eight keys at a time.
+// Dropout bits for a score tile: philox.h's.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../params.h"
@@ -19,7 +20,9 @@ inline Words count_words() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 
 inline Words add(Words a, Words b) { return _mm512_add_epi32(a, b); }
 inline Words multiply_even(Words a, Words b) { return _mm512_mul_epu32(a, b); }
 inline Words high(Words x) { return _mm512_srli_epi64(x, 32); }
-inline Words zip(Words even, Words odd) { return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)); }
+inline Words zip(Words even, Words odd) {
+  return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA); // the even words of both
+}
 inline Words low_halves_up(Words x) { return _mm512_slli_epi32(x, 16); }
 inline Vec<float> zero_unless_above(Vec<float> x, Words words, Words limit) {
   return _mm512_maskz_mov_ps(_mm512_cmpgt_epu32_mask(words, limit), x);
@@ -40,7 +43,9 @@ inline Vec<float> zero_unless_above(Vec<float> x, Words words, Words limit) {
 #endif
 
 /// philox() for the even 32-bit words of each register; the odd ones are garbage, before and after.
-inline void philox_even(Words (&word)[4], uint32_t key_low, uint32_t key_high) {
+inline void philox_even(Words (&word)[4], uint64_t seed) {
+  auto key_low = static_cast<uint32_t>(seed);
+  auto key_high = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < Dropout::rounds; ++round) {
     const Words product0 = multiply_even(all_words(Philox::multiplier0), word[0]);
     const Words product1 = multiply_even(all_words(Philox::multiplier1), word[2]);
@@ -67,16 +72,14 @@ class DropoutLanes {
   /// For the eight keys around `key` and the queries from `row` on.
   void draw(int64_t key, int64_t row) {
     const PhiloxWords first = Dropout::counter(key, row, head_, offset_);
-    const auto key_low = static_cast<uint32_t>(seed_);
-    const auto key_high = static_cast<uint32_t>(seed_ >> 32);
 #ifdef WMHA_SIMD_WORDS
     if constexpr (std::is_same_v<Acc, float>) {
       const Words rows = add(all_words(first.word[1]), count_words());
       const Words rest[] = {all_words(first.word[0]), all_words(first.word[2]), all_words(first.word[3])};
       Words even[4] = {rest[0], rows, rest[1], rest[2]};
       Words odd[4] = {rest[0], high(rows), rest[1], rest[2]};
-      philox_even(even, key_low, key_high);
-      philox_even(odd, key_low, key_high);
+      philox_even(even, seed_);
+      philox_even(odd, seed_);
       for (int w = 0; w < 4; ++w) words_.word[w] = zip(even[w], odd[w]);
       return;
     }
@@ -84,7 +87,7 @@ class DropoutLanes {
     for (int i = 0; i < lanes; ++i) {
       for (int w = 0; w < 4; ++w) drawn_.word[w][i] = first.word[w] + (w == 1 ? static_cast<uint32_t>(i) : 0);
     }
-    philox<Dropout::rounds>(drawn_, key_low, key_high);
+    philox<Dropout::rounds>(drawn_, static_cast<uint32_t>(seed_), static_cast<uint32_t>(seed_ >> 32));
   }
 
   /// The weights of one of the keys drawn for, 0 where they are dropped.
@@ -117,5 +120,60 @@ class DropoutLanes {
   } words_;
 #endif
 };
+
+#if defined(CPU_CAPABILITY_AMX)
+/// Draws for 32 keys of each of 32 queries.
+class DropoutRows {
+ public:
+  DropoutRows(const AttentionParams& params, int64_t batch_head)
+      : threshold_(params.dropout.threshold),
+        first_(Dropout::counter(0, 0, batch_head, params.dropout.enabled() ? params.rng_state[1] : 0)),
+        seed_(static_cast<uint64_t>(params.dropout.enabled() ? params.rng_state[0] : 0)) {}
+
+  /// For the keys from `key` on, which may be before the first, and the queries from `row` on.
+  void draw(int64_t key, int64_t row) {
+    const int64_t before = (key % Dropout::group + Dropout::group) % Dropout::group; // keys of its group
+    WMHA_UNROLL
+    for (int64_t i = 0; i < rows; i += 2) {
+      draw_two(key - before, row + i, kept_ + i);
+      if (before > 0) {
+        uint32_t next[2];
+        draw_two(key - before + keys, row + i, next);
+        for (int64_t j = 0; j < 2; ++j) kept_[i + j] = kept_[i + j] >> before | next[j] << (keys - before);
+      }
+    }
+  }
+
+  /// The weights of the keys and of one of the queries drawn for, 0 where they are dropped.
+  at::vec::Vectorized<c10::BFloat16> keep(at::vec::Vectorized<c10::BFloat16> weights, int64_t row) const {
+    return _mm512_maskz_mov_epi16(kept_[row], weights);
+  }
+
+ private:
+  static constexpr int64_t keys = 32;
+  static constexpr int64_t rows = 32;
+
+  /// kept[i], bit k: is key + k kept for query row + i? `key` is the first of a group.
+  void draw_two(int64_t key, int64_t row, uint32_t* kept) const {
+    // Each quarter of a register is for a group of keys, and in it each half for a query.
+    const Words groups = _mm512_srli_epi32(count_words(), 2);
+    const Words queries = _mm512_and_si512(_mm512_srli_epi32(count_words(), 1), all_words(1));
+    Words word[4] = {
+        add(all_words(static_cast<uint32_t>(key / Dropout::group)), groups),
+        add(all_words(static_cast<uint32_t>(row)), queries), all_words(first_.word[2]), all_words(first_.word[3])};
+    philox_even(word, seed_);
+    const Words low = zip(word[0], word[1]); // 16 bits for each of the group's first four keys
+    const Words high = zip(word[2], word[3]);
+    const Words limit = _mm512_set1_epi16(static_cast<int16_t>(threshold_ - 1)); // a number is kept iff above it
+    kept[0] = _mm512_cmpgt_epu16_mask(_mm512_unpacklo_epi64(low, high), limit);
+    kept[1] = _mm512_cmpgt_epu16_mask(_mm512_unpackhi_epi64(low, high), limit);
+  }
+
+  uint32_t threshold_;
+  PhiloxWords first_; // the counter of key 0 and query 0
+  uint64_t seed_;
+  uint32_t kept_[rows];
+};
+#endif
 
 } // namespace wmha::cpu::CPU_CAPABILITY

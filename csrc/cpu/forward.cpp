@@ -3,13 +3,13 @@
 //
 //            a block of queries (lanes)
 //          +------------------+
-//          |  S^T = K Q^T     |   a strip of keys at a time, while the first cache holds it:
+//          |  S^T = K Q^T     |   a tile of keys at a time:
 //   keys   |  P^T = 2^(S - r) |   exponentials and their sum run down the columns;
-//          +------------------+   then, for all strips of the tile, output[query] += P[query][key] * value[key]
+//          +------------------+   then output[query] += P[query][key] * value[key]
 //
 // The reference r of a query need not be the largest of its scores, only near enough that nothing over- or underflows.
-// It is a guess that a strip's sum of weights confirms; else it moves to the strip's largest score, rounded to a whole
-// number, so that what is rescaled stays exact, and the strip's weights are made again.
+// It is a guess that a tile's sum of weights confirms; else it moves to the tile's largest score, rounded to a whole
+// number, so that what is rescaled stays exact, and the tile's weights are made again.
 //
 // At the window's edges a tile is cut to the queries and keys that see each other: S in steps of tile_rows keys and one
 // vector of queries, P V in steps of tile_rows queries and single keys.
@@ -34,22 +34,19 @@ class ForwardBlock {
   static constexpr int64_t terms = Multiplicand<M>::terms;
   static constexpr int64_t vector = Vec<Acc>::size();
   static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
-  // A reference is near enough while no strip's sum of weights is larger than this, and the first one's isn't smaller
+  // A reference is near enough while no tile's sum of weights is larger than this, and the first one's isn't smaller
   // than its inverse: fp32 reaches from 2^-126 to 2^128, which leaves room for many keys and large values.
   static constexpr Acc largest_sum = 1 << 20;
   static constexpr Acc smallest_first_sum = 1 / largest_sum;
-  // While a strip's products are turned into weights, those of the next one are made, if the registers hold them.
-  static constexpr int64_t keys_ahead = StoreLater<Acc>::is_late ? strip_keys : 0;
-  static_assert(keys_ahead == 0 || (strip_keys == tile_rows && lanes_at_once == Multiplicand<M>::columns), "one tile");
 
  public:
   explicit ForwardBlock(const AttentionParams& params)
       : params_(params),
-        most_lanes_(whole_columns<M>(std::min(lanes_at_once, params.queries))),
+        most_lanes_(whole_columns<M>(std::min(query_block, params.queries))),
         most_keys_(most_keys_of_block(params)),
         packed_query_(steps<M>(params.key_dim) * most_lanes_),
         output_(params.value_dim, most_lanes_),
-        products_(strip_keys * most_lanes_),
+        products_(round_up(std::min(key_block, most_keys_), tile_rows) * most_lanes_),
         weights_(steps<M>(std::min(key_block, most_keys_)) * most_lanes_),
         query_rows_(most_lanes_ * left_width<M>(params.key_dim)),
         keys_(params.key_dim, most_keys_, params.keys()),
@@ -70,83 +67,60 @@ class ForwardBlock {
     LookAhead<T> ahead(params_, batch, head, block, keys);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
-      const auto key_rows = keys_.of(params_.key, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
+      const auto key_rows = keys_.of(params_.key, batch, params_.kv_head(head), tile, keys);
       const TileMask<Acc> mask(visibility, tile);
+      multiply_tile(key_rows, visibility, tile, ahead);
       std::fill_n(rescale_, lanes_, Acc(1));
       rescales_ = false;
-      Range seeing{0, 0};
-      for (int64_t first = tile.begin; first < tile.end + keys_ahead; first += strip_keys) {
-        const auto strip_from = [&](int64_t key) { return Range{key, std::min(key + strip_keys, tile.end)}; };
-        if (first < tile.end) seeing = multiply_strip(key_rows, visibility, tile, strip_from(first), seeing, ahead);
-        if (first >= tile.begin + keys_ahead) {
-          with_flags(
-              [&](auto drops, auto capped) {
-                const Range strip = strip_from(first - keys_ahead);
-                compute_weights<drops, capped>(transform, visibility, mask, tile, strip, block.begin, dropout);
-              },
-              params_.dropout.enabled(), transform.cap > 0);
-        }
-        if (first < tile.end) StoreLater<Acc>{{products_, lanes_}}.store();
-      }
-      const auto values = values_.of(params_.value, batch, params_.kv_head(head), tile, visibility.keys[0].begin);
+      with_flags(
+          [&](auto drops, auto capped) {
+            compute_weights<drops, capped>(transform, visibility, mask, tile, block.begin, dropout);
+          },
+          params_.dropout.enabled(), transform.cap > 0);
+      const auto values = values_.of(params_.value, batch, params_.kv_head(head), tile, keys);
       output_.add(visibility, tile, weights_, values, rescales_ ? rescale_ : nullptr);
     }
     store(batch, head, visibility, block);
   }
 
  private:
-  /// products_ become those of the strip's keys and the queries that see them, in whole groups and vectors.
-  /// Returns the queries that see the last group, given those of the one before the strip.
-  Range multiply_strip(
-      RowMajor<const M> keys,
-      const Visibility& visibility,
-      Range tile,
-      Range strip,
-      Range seeing,
-      LookAhead<T>& ahead) {
-    for (int64_t key = strip.begin; key < strip.end; key += tile_rows) {
-      const Range group{key, std::min(key + tile_rows, strip.end)};
+  /// products_ become those of the tile's keys and the queries that see them, in whole groups and vectors.
+  void multiply_tile(RowMajor<const M> keys, const Visibility& visibility, Range tile, LookAhead<T>& ahead) {
+    Range seeing{0, 0};
+    for (int64_t key = tile.begin; key < tile.end; key += tile_rows) {
+      const Range group{key, std::min(key + tile_rows, tile.end)};
       seeing = visibility.of_keys(group, seeing);
       const Range lanes = whole_columns<M>(seeing);
-      const LeftRows<M> left({keys.row(key - tile.begin), keys.row_stride}, group.size());
-      const StoreLater<Acc> target{{products_ + (key - strip.begin) * lanes_, lanes_}};
+      const int64_t row = key - tile.begin;
+      const LeftRows<M> left({keys.row(row), keys.row_stride}, group.size());
+      const StoreTo<Acc> target{{products_ + row * lanes_, lanes_}};
       multiply<M>(
           lanes.begin / vector, lanes.end / vector, steps<M>(params_.key_dim), left, {packed_query_, lanes_}, target);
       ahead.fetch();
     }
-    return seeing;
   }
 
-  /// From a strip's products to weights 2^(score - reference), and to their sums.
+  /// From the tile's products to weights 2^(score - reference), and to their sums.
   template <bool drops, bool capped>
   void compute_weights(
       const ScoreTransform<M>& transform,
       const Visibility& visibility,
       const TileMask<Acc>& mask,
       Range tile,
-      Range strip,
       int64_t first_query,
       DropoutLanes<Acc>& dropout) {
-    const Range rows{strip.begin - tile.begin, strip.end - tile.begin}; // of the strip in the tile
-    const Vec<Acc> first_row(static_cast<Acc>(rows.begin));
-    const Vec<Acc> last_row(static_cast<Acc>(rows.end - 1));
-    const bool all_see = visibility.all_see({strip.begin, strip.begin + whole_terms<M>(strip.size())}, {0, lanes_});
+    const Vec<Acc> last_row(static_cast<Acc>(tile.size() - 1));
+    const bool all_see = visibility.all_see({tile.begin, tile.begin + whole_terms<M>(tile.size())}, {0, lanes_});
     const int64_t row_stride = lanes_; // the compiler can't know that no store changes the member
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
-      const auto product = [&](int64_t row) {
-        return Vec<Acc>::loadu(products_ + (row - rows.begin) * row_stride + lane);
-      };
-      const Range columns = whole_columns<M>(Range{lane, lane + 1});
-      const auto steps_of = [&](Range keys) {
-        const Range seen = visibility.of_queries(columns.begin, columns.end, keys);
-        return steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
-      };
-      Range range = steps<M>(rows); // at least one query sees these
-      Range whole = range;          // and all queries these
+      const auto product = [&](int64_t row) { return Vec<Acc>::loadu(products_ + row * row_stride + lane); };
+      Range range = steps<M>(Range{0, tile.size()}); // at least one query sees these
+      Range whole = range;                           // and all queries these
       if (!all_see) {
-        range = steps_of(strip);
+        const Range by_one = visibility.of_queries(lane, lane + vector, tile);
+        range = steps<M>(Range{by_one.begin - tile.begin, by_one.end - tile.begin});
         if (range.size() == 0) continue;
-        const Range by_all = visibility.of_all_queries(lane, lane + vector, strip);
+        const Range by_all = visibility.of_all_queries(lane, lane + vector, tile);
         whole.begin = std::clamp(ceil_div(by_all.begin - tile.begin, terms), range.begin, range.end);
         whole.end = std::clamp((by_all.end - tile.begin) / terms, whole.begin, range.end);
       }
@@ -181,7 +155,7 @@ class ForwardBlock {
         weigh(std::false_type(), whole.begin, whole.end);
         weigh(std::true_type(), whole.end, range.end);
         const Vec<Acc> one(Acc(1));
-        const Vec<Acc> seen_sum = all_see ? sum : mask.any_seen(first_row, last_row, lane).select(sum, one);
+        const Vec<Acc> seen_sum = all_see ? sum : mask.any_seen(Vec<Acc>(Acc(0)), last_row, lane).select(sum, one);
         const Vec<Acc> far = far_from_reference(seen_sum, lane);
         if (!any(far)) break;
         Vec<Acc> largest(-infinity);
@@ -192,21 +166,20 @@ class ForwardBlock {
         }
         const Vec<Acc> moves = far & (largest > Vec<Acc>(-infinity));
         if (!any(moves)) break;
-        move_references(lane, Vec<Acc>::blendv(reference, largest.ceil(), moves), steps_of({tile.begin, strip.begin}));
+        move_references(lane, Vec<Acc>::blendv(reference, largest.ceil(), moves));
       }
       (Vec<Acc>::loadu(sum_ + lane) + sum).store(sum_ + lane);
     }
   }
 
-  /// Of a vector of queries, those for which a strip's sum of weights is too large, or is the first and too small.
+  /// Of a vector of queries, those for which a tile's sum of weights is too large, or is the first and too small.
   Vec<Acc> far_from_reference(Vec<Acc> sum, int64_t lane) const {
     const Vec<Acc> is_first = Vec<Acc>::loadu(sum_ + lane) == Vec<Acc>(Acc(0));
     return (sum > Vec<Acc>(largest_sum)) | (is_first & (sum < Vec<Acc>(smallest_first_sum)));
   }
 
-  /// Moves the references of a vector of queries, and with them what was summed up under the old ones: also the weights
-  /// of the tile's `earlier` steps.
-  void move_references(int64_t lane, Vec<Acc> next, Range earlier) {
+  /// Moves the references of a vector of queries, and with them what was summed up under the old ones.
+  void move_references(int64_t lane, Vec<Acc> next) {
     const Vec<Acc> sum = Vec<Acc>::loadu(sum_ + lane);
     const Vec<Acc> moved = exp2(Vec<Acc>::loadu(reference_ + lane) - next);
     const Vec<Acc> factor = Vec<Acc>::blendv(moved, Vec<Acc>(Acc(1)), sum == Vec<Acc>(Acc(0))); // not infinity times 0
@@ -214,14 +187,6 @@ class ForwardBlock {
     (sum * factor).store(sum_ + lane);
     (Vec<Acc>::loadu(rescale_ + lane) * factor).store(rescale_ + lane);
     rescales_ = true;
-    for (int64_t step = earlier.begin; step < earlier.end; ++step) {
-      Vec<Acc> weights[terms];
-      M* const place = weights_ + step * lanes_ + lane;
-      Multiplicand<M>::load(place, weights);
-      WMHA_UNROLL
-      for (int64_t term = 0; term < terms; ++term) weights[term] = weights[term] * factor;
-      Multiplicand<M>::store(weights, place);
-    }
   }
 
   void store(int64_t batch, int64_t head, const Visibility& visibility, Range block) {
@@ -238,7 +203,7 @@ class ForwardBlock {
       logsumexp[i] = sees_none ? -infinity : logsumexp_[i];
       sum_[i] = sees_none ? Acc(0) : inverse_keep / sum_[i];
     }
-    output_.store(sum_, block.size(), at<T>(params_.output, batch, head, block.begin), params_.output.position_stride);
+    output_.store(block.size(), at<T>(params_.output, batch, head, block.begin), params_.output.position_stride, sum_);
   }
 
   const AttentionParams& params_;
@@ -247,17 +212,17 @@ class ForwardBlock {
   const int64_t most_keys_;
   Buffer<M> packed_query_; // [steps(key_dim)][lanes]
   QuerySums<T> output_;
-  Buffer<Acc> products_; // [strip_keys][lanes]
+  Buffer<Acc> products_; // [tile][lanes]
   Buffer<M> weights_;    // [steps(tile)][lanes]
   Buffer<M> query_rows_; // [lanes][left_width(key_dim)]
   PackedKeys<T, LeftForm<T>> keys_;
   PackedKeys<T, RightForm<T>> values_;
   int64_t lanes_ = 0; // queries of this block, in whole vectors
-  alignas(64) Acc reference_[lanes_at_once];
-  Acc sum_[lanes_at_once];
-  Acc rescale_[lanes_at_once]; // factors for the outputs, before the tile's share is added
-  bool rescales_ = false;      // one of them isn't 1
-  Acc logsumexp_[lanes_at_once];
+  alignas(64) Acc reference_[query_block];
+  Acc sum_[query_block];
+  Acc rescale_[query_block]; // factors for the outputs, before the tile's share is added
+  bool rescales_ = false;    // one of them isn't 1
+  Acc logsumexp_[query_block];
 };
 
 } // namespace
@@ -265,18 +230,9 @@ class ForwardBlock {
 void forward(const AttentionParams& params, Tasks& tasks) {
   with_scalar_type(params.dtype, [&](auto type) {
     ForwardBlock<decltype(type)> block(params);
-    const int64_t tasks_of_head = ceil_div(params.queries, task_queries);
-    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
-      for (int64_t task = run.begin; task < run.end; ++task) {
-        const int64_t batch_head = task / tasks_of_head;
-        const int64_t begin = task % tasks_of_head * task_queries;
-        const int64_t end = std::min(begin + task_queries, params.queries);
-        for (int64_t first = begin; first < end; first += lanes_at_once) {
-          const Range queries{first, std::min(first + lanes_at_once, end)};
-          block.run(batch_head / params.heads, batch_head % params.heads, queries);
-        }
-      }
-    }
+    for_blocks(params, tasks, query_block, [&](int64_t batch, int64_t head, Range queries) {
+      block.run(batch, head, queries);
+    });
   });
 }
 

@@ -1,4 +1,4 @@
-// Sums across the lanes of vectors.
+// Sums, and the like, across the lanes of vectors.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,10 @@ Vec<Acc> sum_each(const Vec<Acc> (&vectors)[Vec<Acc>::size()]) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-inline Vec<float> sum_each(const Vec<float> (&vectors)[16]) {
-  // Halves are added until each quarter of a register holds sums of four vectors, then quarters are.
+/// Lane i of the result is all lanes of vectors[i], combined.
+template <typename Combine>
+Vec<float> combine_each(const Vec<float> (&vectors)[16], const Combine& combine) {
+  // Halves are combined until each quarter of a register holds four vectors' results, then quarters are.
   __m512 quads[4];
   WMHA_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -31,17 +33,21 @@ inline Vec<float> sum_each(const Vec<float> (&vectors)[16]) {
     for (int j = 0; j < 2; ++j) {
       const __m512 a = vectors[4 * i + 2 * j];
       const __m512 b = vectors[4 * i + 2 * j + 1];
-      pairs[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); // a, b, a, b in each quarter
+      pairs[j] = combine(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); // a, b, a, b in each quarter
     }
     const __m512d low = _mm512_castps_pd(pairs[0]);
     const __m512d high = _mm512_castps_pd(pairs[1]);
     quads[i] =
-        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+        combine(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
   }
-  const auto add_quarters = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  const auto combine_quarters = [&](__m512 a, __m512 b) {
+    return combine(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
-  return add_quarters(add_quarters(quads[0], quads[1]), add_quarters(quads[2], quads[3]));
+  return combine_quarters(combine_quarters(quads[0], quads[1]), combine_quarters(quads[2], quads[3]));
+}
+
+inline Vec<float> sum_each(const Vec<float> (&vectors)[16]) {
+  return combine_each(vectors, [](Vec<float> a, Vec<float> b) { return a + b; });
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 inline Vec<float> sum_each(const Vec<float> (&vectors)[8]) {

@@ -31,9 +31,9 @@ class LookAhead {
   /// To be called for each group of tile_rows keys.
   void fetch() {
     for (Rows<T>& rows : tensors_) {
-      for (int64_t i = 0; i < rows_ && rows.count > 0; ++i, --rows.count, rows.data += rows.stride) {
-        prefetch(rows.data, rows.dim);
-      }
+      const Rows<T> next{rows.data, rows.stride, std::min(rows_, rows.count), rows.dim};
+      prefetch(next);
+      rows = {rows.row(next.count), rows.stride, rows.count - next.count, rows.dim};
     }
   }
 

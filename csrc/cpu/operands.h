@@ -70,9 +70,8 @@ struct Multiplicand {
   static Vec<M> broadcast(M left) { return Vec<M>(left); }
   static Vec<M> multiply_add(Vec<M> left, Vec<M> right, Vec<M> sum) { return at::vec::fmadd(left, right, sum); }
 
-  /// Stores the terms of one step, a vector of each, and loads them.
+  /// Stores the terms of one step, a vector of each.
   static void store(const Vec<M> (&terms)[1], M* place) { terms[0].store(place); }
-  static void load(const M* place, Vec<M> (&terms)[1]) { terms[0] = Vec<M>::loadu(place); }
   /// Stores rows whose lanes are neighbouring terms.
   static void store_rows(const Vec<M> (&rows)[1], M* place, int64_t /*row_stride*/) { rows[0].store(place); }
 };
@@ -108,11 +107,6 @@ struct Multiplicand<BFloat16Pair> {
     const __m512i places =
         _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16)));
     _mm512_storeu_si512(place, _mm512_permutexvar_epi16(places, halves));
-  }
-  static void load(const BFloat16Pair* place, Vec<float> (&terms)[2]) {
-    const __m512i pairs = _mm512_loadu_si512(place);
-    terms[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    terms[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(~0xffff)));
   }
   static void store_rows(const Vec<float> (&rows)[2], BFloat16Pair* place, int64_t row_stride) {
     const auto halves = (__m512i)_mm512_cvtne2ps_pbh(rows[1], rows[0]);

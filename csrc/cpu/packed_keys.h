@@ -2,7 +2,7 @@
 // mostly the same keys.
 //
 //    buffer  [ packed, in sight no more | packed, in sight | free . . . ]
-//              first_                     oldest             end_
+//              first_                     seen.begin         end_
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-// A form says how many neighbouring keys are packed together (a group), how many elements they take, and how.
+// A form says how many neighbouring keys are packed together (a group), how many elements they take, and how. Rows that
+// aren't `used` are not read; unless they are rows of their own, they become zeros.
 
 /// The left operand of K Q^T and V dO^T: left_rows().
 template <typename T>
@@ -25,20 +26,29 @@ struct LeftForm {
   static int64_t group_size(int64_t dim) { return left_width<M>(dim); }
   static int64_t row_stride(int64_t dim) { return left_width<M>(dim); }
   static bool is_in_place(Rows<T> rows) { return are_left<M>(rows); }
-  static RowMajor<const M> pack(Rows<T> rows, M* packed) { return left_rows<M>(rows, packed); }
+  static RowMajor<const M> pack(Rows<T> rows, Range /*used*/, M* packed) { return left_rows<M>(rows, packed); }
 };
 
-/// The right operand of P V and dS K: right_rows(), whose rows are of a group each.
+/// The right operand of P V and dS K: right_rows().
 template <typename T>
 struct RightRowsForm {
   using M = multiplicand_type<T>;
-  static constexpr int64_t group = Multiplicand<M>::terms;
+  static constexpr int64_t group_steps = Multiplicand<M>::steps_at_once;
+  static constexpr int64_t group = Multiplicand<M>::terms * group_steps;
   static constexpr int64_t overread = 0;
 
-  static int64_t group_size(int64_t dim) { return whole_columns<M>(dim); }
+  static int64_t group_size(int64_t dim) { return whole_columns<M>(dim) * group_steps; }
   static int64_t row_stride(int64_t dim) { return whole_columns<M>(dim); }
   static bool is_in_place(Rows<T> /*rows*/) { return false; }
-  static RowMajor<const M> pack(Rows<T> rows, M* packed) { return right_rows<M>(rows, {0, rows.count}, packed); }
+  static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) { return right_rows<M>(rows, used, packed); }
+
+  /// The first keys become zeros.
+  static void clear(int64_t keys, int64_t dim, M* packed) {
+    const int64_t width = whole_columns<M>(dim);
+    std::fill_n(packed, keys / 2 * width, M{});
+    M* const last = packed + keys / 2 * width;
+    for (int64_t d = 0; keys % 2 == 1 && d < width; ++d) last[d].first = 0;
+  }
 };
 
 /// The same, turned over: [groups][whole_columns(dim)][group_steps].
@@ -52,7 +62,7 @@ struct RightColumnsForm {
   static int64_t group_size(int64_t dim) { return whole_columns<M>(dim) * group_steps; }
   static int64_t row_stride(int64_t /*dim*/) { return group_steps; }
   static bool is_in_place(Rows<T> /*rows*/) { return false; }
-  static RowMajor<const M> pack(Rows<T> rows, M* packed) {
+  static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) {
     constexpr int64_t columns = Multiplicand<M>::columns;
     alignas(64) M pairs[group_steps * columns];
     for (int64_t first = 0; first < rows.count; first += group) {
@@ -60,11 +70,38 @@ struct RightColumnsForm {
       const int64_t count = std::min(group, rows.count - first);
       for (int64_t d = 0; d < rows.dim; d += columns) {
         const Rows<T> part{rows.row(first) + d, rows.stride, count, std::min(columns, rows.dim - d)};
-        right_rows<M>(part, {0, count}, pairs);
+        right_rows<M>(part, {used.begin - first, used.end - first}, pairs);
         transpose<M>({pairs, columns}, group_steps, columns, {to + d * group_steps, group_steps});
       }
     }
     return {packed, group_steps};
+  }
+};
+
+/// The right operand of Q K^T: [groups][steps(dim)][group].
+template <typename T>
+struct RightTransposedForm {
+  using M = multiplicand_type<T>;
+  static constexpr int64_t group = Multiplicand<M>::columns;
+  static constexpr int64_t overread = 0;
+
+  static int64_t group_size(int64_t dim) { return steps<M>(dim) * group; }
+  static int64_t row_stride(int64_t /*dim*/) { return group; }
+  static bool is_in_place(Rows<T> /*rows*/) { return false; }
+  static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) {
+    constexpr int64_t depth = Multiplicand<M>::steps_at_once;
+    alignas(64) M scratch[group * depth];
+    for (int64_t first = 0; first < rows.count; first += group) {
+      M* const to = packed + first / group * group_size(rows.dim);
+      const Range keys{std::max(first, used.begin), std::min(first + group, used.end)};
+      if (keys.size() < group) std::fill_n(to, group_size(rows.dim), M{});
+      for (int64_t d = 0; d < rows.dim; d += whole_terms<M>(1)) {
+        const int64_t dim = std::min(whole_terms<M>(1), rows.dim - d);
+        const auto part = left_rows<M>(Rows<T>{rows.row(keys.begin) + d, rows.stride, keys.size(), dim}, scratch);
+        transpose<M>(part, keys.size(), depth, {to + d / Multiplicand<M>::terms * group + keys.begin - first, group});
+      }
+    }
+    return {packed, group};
   }
 };
 
@@ -90,19 +127,29 @@ class PackedKeys {
         capacity_(bytes(most_keys) <= most_bytes ? 2 * most_keys : key_block),
         packed_((ceil_div(capacity_, Form::group) + Form::overread) * group_size_) {}
 
-  /// The keys of `tile` of one head, packed or where they are. `oldest`: keys before it are not asked for again.
-  RowMajor<const M> of(const InputView& view, int64_t batch, int64_t head, Range tile, int64_t oldest) {
+  /// The keys of `tile` of one head, packed or where they are. The tile may begin before the first key of `seen`, with
+  /// zeros; keys before that one are not asked for again.
+  RowMajor<const M> of(const InputView& view, int64_t batch, int64_t head, Range tile, Range seen) {
     // A product reads whole tiles of rows, whatever the last ones hold.
     const Range whole{tile.begin, std::min(tile.begin + round_up(tile.size(), left_rows_at_once), all_keys_)};
     const Rows<T> rows = rows_of<T>(view, batch, head, whole, dim_);
-    if (Form::is_in_place(rows)) return Form::pack(rows, nullptr);
-    if (batch != batch_ || head != head_ || tile.begin < first_ || tile.begin > end_) restart(batch, head, tile.begin);
-    if (tile.end - first_ > capacity_) forget(oldest);
+    if (Form::is_in_place(rows)) return Form::pack(rows, {0, rows.count}, nullptr);
+    const bool is_missing = std::max(tile.begin, seen.begin) < oldest_ || tile.begin > end_;
+    if (batch != batch_ || head != head_ || is_missing) restart(batch, head, tile.begin);
+    if (tile.end - first_ > capacity_) forget(seen.begin);
     if (tile.end - first_ > capacity_ || !starts_group(tile.begin)) restart(batch, head, tile.begin);
     if (tile.end > end_) {
       const Range missing{end_ - (end_ - first_) % Form::group, tile.end}; // a part of a group is packed again
-      Form::pack(rows_of<T>(view, batch, head, missing, dim_), place(missing.begin));
+      const Range used{std::max<int64_t>(seen.begin - missing.begin, 0), missing.size()};
+      Form::pack(rows_of<T>(view, batch, head, missing, dim_), used, place(missing.begin));
+      if (missing.begin < seen.begin) oldest_ = seen.begin;
       end_ = tile.end;
+    }
+    if constexpr (std::is_same_v<Form, RightRowsForm<T>>) { // other forms' keys are masked after the product
+      if (tile.begin < seen.begin) {
+        Form::clear(seen.begin - tile.begin, dim_, place(tile.begin));
+        oldest_ = seen.begin;
+      }
     }
     return {place(tile.begin), Form::row_stride(dim_)};
   }
@@ -118,13 +165,16 @@ class PackedKeys {
   void restart(int64_t batch, int64_t head, int64_t key) {
     batch_ = batch;
     head_ = head;
-    first_ = end_ = key;
+    first_ = oldest_ = end_ = key;
   }
 
+  /// Moves the group of `oldest` and those behind it to the buffer's begin.
   void forget(int64_t oldest) {
-    if (oldest <= first_ || oldest > end_ || !starts_group(oldest)) return;
-    std::copy_n(place(oldest), ceil_div(end_ - oldest, Form::group) * group_size_, packed_.data());
-    first_ = oldest;
+    if (oldest <= first_ || oldest > end_) return;
+    const int64_t first = oldest - (oldest - first_) % Form::group;
+    std::copy_n(place(first), ceil_div(end_ - first, Form::group) * group_size_, packed_.data());
+    first_ = first;
+    oldest_ = std::max(oldest_, first);
   }
 
   const int64_t dim_;
@@ -134,7 +184,8 @@ class PackedKeys {
   Buffer<M> packed_;
   int64_t batch_ = -1;
   int64_t head_ = -1;
-  int64_t first_ = 0; // the key at the buffer's begin
+  int64_t first_ = 0;  // the key at the buffer's begin
+  int64_t oldest_ = 0; // the first one that isn't zeros
   int64_t end_ = 0;
 };
 

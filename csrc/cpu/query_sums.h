@@ -1,5 +1,6 @@
 // What the backward and the forward pass sum up for each query of a block: sum[query] = sum over the keys it sees of
-// left[key][query] * right[key], outputs of weights and values, grad_query of grad_scores and keys.
+// left[key][query] * right[key], outputs of weights and values (but with AMX: see forward_amx.cpp), grad_query of
+// grad_scores and keys.
 #pragma once
 
 #include <algorithm>
@@ -35,15 +36,8 @@ class QuerySums {
     empty_ = true;
   }
 
-  /// sum = factors * sum + left^T right, where factors are one for each query, if any. left: [steps(tile)][lanes],
-  /// right: the tile's keys in RightForm.
-  void add(
-      const Visibility& visibility,
-      Range tile,
-      const M* left,
-      RowMajor<const M> right,
-      const float* factors = nullptr) {
-    if (factors != nullptr && !empty_) scale(factors);
+  /// sum += left^T right. left: [steps(tile)][lanes], right: the tile's keys in RightForm.
+  void add(const Visibility& visibility, Range tile, const M* left, RowMajor<const M> right) {
     const int64_t group_size = RightForm<T>::group_size(dim_);
     for (int64_t lane = 0; lane < lanes_; lane += Multiplicand<M>::columns) {
       const Range columns{lane / Vec<float>::size(), (lane + Multiplicand<M>::columns) / Vec<float>::size()};
@@ -64,15 +58,14 @@ class QuerySums {
     empty_ = false;
   }
 
-  /// Rows of `target` become the sums of `count` queries, times their factors, if any.
-  void store(const float* factors, int64_t count, T* target, int64_t stride) {
+  /// Rows of `target` become the sums of `count` queries.
+  void store(int64_t count, T* target, int64_t stride) {
     if (empty_) std::fill_n(sums_.data(), width_ * lanes_, 0.0f);
     constexpr int64_t vector = Vec<float>::size();
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
-      const Vec<float> factor = factors == nullptr ? Vec<float>(1.0f) : Vec<float>::loadu(factors + lane);
       for (int64_t pair = 0; pair < width_ / 2; ++pair) { // of neighbouring features
         const float* place = sums_ + 2 * pair * lanes_ + lane;
-        const Vec<float> features[] = {factor * Vec<float>::loadu(place), factor * Vec<float>::loadu(place + lanes_)};
+        const Vec<float> features[] = {Vec<float>::loadu(place), Vec<float>::loadu(place + lanes_)};
         Multiplicand<M>::store(features, pairs_ + pair * lanes_ + lane);
       }
     }
@@ -88,15 +81,6 @@ class QuerySums {
   }
 
  private:
-  void scale(const float* factors) {
-    for (int64_t d = 0; d < dim_; ++d) {
-      for (int64_t lane = 0; lane < lanes_; lane += Vec<float>::size()) {
-        float* place = sums_ + d * lanes_ + lane;
-        (Vec<float>::loadu(place) * Vec<float>::loadu(factors + lane)).store(place);
-      }
-    }
-  }
-
   const int64_t dim_;
   const int64_t width_;
   Buffer<float> sums_; // [width][lanes]
@@ -176,7 +160,7 @@ class QuerySums {
   }
 
   /// Rows of `target` become the sums of `count` queries, times their factors, if any.
-  void store(const Acc* factors, int64_t count, T* target, int64_t stride) const {
+  void store(int64_t count, T* target, int64_t stride, const Acc* factors = nullptr) const {
     for (int64_t i = 0; i < count; ++i) {
       store_row(sums_ + i * width_, dim_, factors == nullptr ? Acc(1) : factors[i], target + i * stride);
     }

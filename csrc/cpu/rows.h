@@ -67,11 +67,19 @@ Rows<T> rows_of(const TensorView<Pointer>& view, int64_t batch, int64_t head, Ra
   return {at<T>(view, batch, head, positions.begin), view.position_stride, positions.size(), dim};
 }
 
-/// Brings a row into the second cache.
+/// Brings so many elements into the second cache. Always inlined: of a function that only prefetches, g++ drops the
+/// calls.
 template <typename T>
-void prefetch(const T* row, int64_t dim) {
+[[gnu::always_inline]] inline void prefetch(const T* data, int64_t count) {
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d, /*for writing*/ 0, 2);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(data + i, /*for writing*/ 0, 2);
+}
+
+template <typename T>
+[[gnu::always_inline]] inline void prefetch(Rows<T> rows) {
+  if (rows.stride == rows.dim) return prefetch(rows.data, rows.count * rows.dim);
+  for (int64_t r = 0; r < rows.count; ++r) prefetch(rows.row(r), rows.dim);
 }
 
 inline at::vec::Vectorized<float> load_as_acc(const c10::BFloat16* source) {
@@ -121,13 +129,23 @@ at::vec::Vectorized<T> round_to(at::vec::Vectorized<float> low, at::vec::Vectori
 }
 
 #if defined(CPU_CAPABILITY_AVX512_BF16)
-/// The first `count` (at most 16) elements of two rows as pairs; zeros behind them, and for a row that is null.
-inline void interleave(const c10::BFloat16* low, const c10::BFloat16* high, int64_t count, BFloat16Pair* pairs) {
-  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+/// The first `count` elements of two rows as `width` pairs, 16 or 32. Zeros behind them, and for a row that is null.
+inline void interleave(
+    const c10::BFloat16* low,
+    const c10::BFloat16* high,
+    int64_t count,
+    int64_t width,
+    BFloat16Pair* pairs) {
+  const auto mask = static_cast<__mmask32>((uint64_t{1} << count) - 1);
   const auto load = [&](const c10::BFloat16* row) {
-    return _mm512_cvtepu16_epi32(row == nullptr ? _mm256_setzero_si256() : _mm256_maskz_loadu_epi16(mask, row));
+    return row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, row);
   };
-  _mm512_storeu_si512(pairs, _mm512_or_si512(load(low), _mm512_slli_epi32(load(high), 16)));
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i first = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(32)), 16));
+  _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(load(low), first, load(high)));
+  if (width == 16) return;
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(load(low), second, load(high)));
 }
 #endif
 
@@ -198,15 +216,15 @@ RowMajor<const M> right_rows(Rows<T> rows, Range used, M* scratch) {
   if constexpr (Multiplicand<M>::terms == 1) {
     return load_rows<M>(rows, scratch);
   } else {
-    constexpr int64_t vector = Vec<float>::size();
     const int64_t width = whole_columns<M>(rows.dim);
     const auto row = [&](int64_t r) { return used.begin <= r && r < used.end ? rows.row(r) : nullptr; };
     for (int64_t step = 0; step < steps<M>(rows.count); ++step) {
       const T* low = row(2 * step);
       const T* high = row(2 * step + 1);
-      for (int64_t d = 0; d < width; d += vector) {
-        const int64_t count = std::clamp<int64_t>(rows.dim - d, 0, vector);
-        interleave(low ? low + d : low, high ? high + d : high, count, scratch + step * width + d);
+      for (int64_t d = 0; d < width; d += 32) {
+        const int64_t count = std::clamp<int64_t>(rows.dim - d, 0, 32);
+        const int64_t pairs = std::min<int64_t>(width - d, 32);
+        interleave(low ? low + d : low, high ? high + d : high, count, pairs, scratch + step * width + d);
       }
     }
     return {scratch, width};

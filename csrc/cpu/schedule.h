@@ -34,6 +34,22 @@ inline int64_t forward_tasks(const AttentionParams& params) {
   return params.batch * params.heads * ceil_div(params.queries, task_queries);
 }
 
+/// function(batch, head, block) for blocks of `size` queries, which divides task_queries, until no task is left.
+template <typename Function>
+void for_blocks(const AttentionParams& params, Tasks& tasks, int64_t size, const Function& function) {
+  const int64_t tasks_of_head = ceil_div(params.queries, task_queries);
+  for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
+    for (int64_t task = run.begin; task < run.end; ++task) {
+      const int64_t batch_head = task / tasks_of_head;
+      const int64_t begin = task % tasks_of_head * task_queries;
+      const int64_t end = std::min(begin + task_queries, params.queries);
+      for (int64_t first = begin; first < end; first += size) {
+        function(batch_head / params.heads, batch_head % params.heads, Range{first, std::min(first + size, end)});
+      }
+    }
+  }
+}
+
 /// The forward pass of few queries cuts the keys that they see into splits. Each leaves a state for each query, its
 /// softmax's reference and sum and Dv sums of values, in a workspace; merge_decode() makes one of them.
 struct DecodeSchedule {

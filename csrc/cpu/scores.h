@@ -20,10 +20,9 @@ constexpr int64_t query_block = 96;
 constexpr int64_t query_block = 48;
 #endif
 
-/// Of them, those that are worked on at a time: the forward pass takes blocks of so many, the backward pass makes and
-/// uses their products with a group of keys before the next ones'. With AMX, what belongs to 32 queries (sums, weights,
-/// products) stays in the first cache: 5 to 14 % faster than 96. Blocks of 32 would make the backward pass 5 to 29 %
-/// slower, since it adds to dK and dV of a key once for each block.
+/// Of them, those whose products with a group of keys the backward pass makes and uses before the next ones'. With AMX,
+/// what belongs to 32 queries stays in the first cache: 5 to 14 % faster than 96. Blocks of 32 would make the backward
+/// pass 5 to 29 % slower, since it adds to dK and dV of a key once for each block.
 #if defined(CPU_CAPABILITY_AMX)
 constexpr int64_t lanes_at_once = 2 * register_rows;
 #else
@@ -42,13 +41,11 @@ inline int64_t most_keys_of_block(const AttentionParams& params) {
 
 /// Keys of a score tile: the rows of key and value and the weights stay in the first two caches. Without AMX it makes
 /// no difference from 64 to 320 where windows are wide; 96 holds what 48 queries see through a narrow one. With AMX,
-/// fewer tiles are fewer passes over the sums. The products of a strip stay in the first cache.
+/// fewer tiles are fewer passes over the sums.
 #if defined(CPU_CAPABILITY_AMX)
 constexpr int64_t key_block = 384;
-constexpr int64_t strip_keys = tile_rows;
 #else
 constexpr int64_t key_block = 96;
-constexpr int64_t strip_keys = key_block;
 #endif
 
 /// From products of keys and queries to z * log2 e, z = softcap(scale * <q, k>) / temperature, and back. Queries are

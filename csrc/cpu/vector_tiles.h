@@ -139,14 +139,6 @@ struct StoreTo {
   }
 };
 
-/// A target: as StoreTo. (With AMX it waits for store().)
-template <typename T>
-struct StoreLater : StoreTo<T> {
-  static constexpr bool is_late = false;
-
-  void store() const {}
-};
-
 /// A target: the product is added to rows of `sum`.
 template <typename T>
 struct AddTo {

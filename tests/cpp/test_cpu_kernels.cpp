@@ -57,6 +57,23 @@ TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
   }
 }
 
+TEST_P(CpuKernels, SpreadInfinityAlikeHoweverTheTasksAreSplit) {
+  const Case c{.name = "infinity", .heads = 1, .kv_heads = 1, .queries = 400, .keys = 400, .left = 40, .right = 0};
+  Problem whole(dtype(), c), pieces(dtype(), c);
+  for (Problem* problem : {&whole, &pieces}) {
+    for (int64_t key = 0; key < c.keys; key += 50) {
+      problem->value.set(0, 0, key, 0, std::numeric_limits<double>::infinity());
+    }
+  }
+  Tasks all(0, wmha::cpu::forward_tasks(whole.params));
+  set().kernels->forward(whole.params, all);
+  for (int64_t task = 0; task < wmha::cpu::forward_tasks(pieces.params); ++task) {
+    Tasks one(task, task + 1);
+    set().kernels->forward(pieces.params, one);
+  }
+  EXPECT_TRUE(pieces.output.bitwise_equal(whole.output));
+}
+
 // ---- Keys that are packed once for many blocks of queries ----
 
 TEST_P(CpuKernels, KeepPackedKeysForTheNextBlock) {
