@@ -48,12 +48,27 @@ struct Window {
     return {keys_of(queries.begin).begin, keys_of(queries.end - 1).end};
   }
 
+  /// keys_of_query[i] = keys_of(queries.begin + i), in a few instructions each.
+  constexpr void keys_of_each(Range queries, Range* keys_of_query) const {
+    if (is_far(offset) || is_far(keys)) {
+      for (int64_t i = 0; i < queries.size(); ++i) keys_of_query[i] = keys_of(queries.begin + i);
+      return;
+    }
+    const int64_t position = queries.begin + offset;
+    const int64_t first = left < 0 ? -far : hold(saturating_add(position, -left));
+    const int64_t last = right < 0 ? far : hold(saturating_add(position, right)) + 1;
+    for (int64_t i = 0; i < queries.size(); ++i) {
+      const int64_t end = clip(last + i, keys);
+      const int64_t begin = clip(first + i, keys);
+      keys_of_query[i] = {begin < end ? begin : end, end};
+    }
+  }
+
   /// Those of the queries [0, count) that see at least one of the keys. Precondition: keys is not empty.
   WMHA_HOST_DEVICE constexpr Range queries_of(Range wanted, int64_t count) const {
     int64_t first = 0;
     int64_t last = count;
-    constexpr int64_t far = int64_t{1} << 62;
-    if (-far < offset && offset < far) { // no position saturates: keys_of() solved for the query
+    if (!is_far(offset)) { // no position saturates: keys_of() solved for the query
       if (right >= 0) first = clip(saturating_add(wanted.begin - right, -offset), count);
       if (left >= 0) last = clip(saturating_add(saturating_add(wanted.end, left), -offset), count);
     } else {
@@ -79,6 +94,10 @@ struct Window {
     return begin;
   }
 
+  // Beyond any key, and far enough from the ends of int64 to count on.
+  static constexpr int64_t far = int64_t{1} << 62;
+  WMHA_HOST_DEVICE static constexpr bool is_far(int64_t x) { return x <= -far || far <= x; }
+  WMHA_HOST_DEVICE static constexpr int64_t hold(int64_t x) { return x < -far ? -far : x > far ? far : x; }
   WMHA_HOST_DEVICE static constexpr int64_t clip(int64_t x, int64_t end) { return x < 0 ? 0 : x > end ? end : x; }
 };
 

@@ -75,6 +75,7 @@ class ForwardBlock {
         buffers_(buffers),
         batch_(batch),
         head_(head),
+        kv_head_(params.kv_head(head)),
         block_(block),
         keys_(params.window.keys_of(block)),
         first_strip_(begin_of_strip(params.window, keys_.begin)),
@@ -88,11 +89,7 @@ class ForwardBlock {
     std::fill_n(largest_, block_queries, -infinity);
     std::fill_n(reference_, block_queries, 0.0f);
     attend(/*guesses=*/true);
-    if (any_is_far()) {
-      for_tiles([&](Range tile) { for_strips(tile, [&](Range strip) { find_largest(strip); }); });
-      set_references([&](int64_t row) { return is_far(row); }); // of others, nothing may change
-      attend(/*guesses=*/false);
-    }
+    if (any_is_far()) attend_again();
     store();
   }
 
@@ -132,7 +129,7 @@ class ForwardBlock {
   /// made.
   template <typename Function>
   void for_strips(Range tile, const Function& function) {
-    const auto keys = buffers_.keys.of(params_.key, batch_, params_.kv_head(head_), tile, keys_);
+    const auto keys = buffers_.keys.of(params_.key, batch_, kv_head_, tile, keys_);
     const int64_t group_size = RightTransposedForm<T>::group_size(params_.key_dim);
     const LeftRows<M> queries(queries_, block_queries);
     const StoreLater<float> products{{buffers_.products, strip_keys}};
@@ -209,7 +206,7 @@ class ForwardBlock {
   }
 
   void add_to_outputs(Range tile) {
-    const auto values = buffers_.values.of(params_.value, batch_, params_.kv_head(head_), tile, keys_);
+    const auto values = buffers_.values.of(params_.value, batch_, kv_head_, tile, keys_);
     const LeftRows<M> weights({buffers_.weights, Buffers::weights_stride}, block_queries);
     const RowMajor<float> output{buffers_.output, buffers_.output_width};
     const int64_t vectors = buffers_.output_width / vector;
@@ -221,16 +218,23 @@ class ForwardBlock {
     }
   }
 
-  /// Is the reference of a query too far from its scores?
-  bool is_far(int64_t row) const {
-    const bool is_near = smallest_sum <= sum_[row] && sum_[row] <= largest_sum;
-    return visibility_.keys[row].size() > 0 && !is_near;
-  }
+  /// Does the sum fit its reference?
+  static bool is_near(float sum) { return smallest_sum <= sum && sum <= largest_sum; }
+  bool is_far(int64_t row) const { return visibility_.keys[row].size() > 0 && !is_near(sum_[row]); }
 
   bool any_is_far() const {
+    bool all_are_near = true; // without a look at who sees whom
+    for (int64_t row = 0; row < block_queries; ++row) all_are_near &= is_near(sum_[row]);
     bool any = false;
-    for (int64_t row = 0; row < block_.size(); ++row) any |= is_far(row);
+    for (int64_t row = 0; row < block_.size() && !all_are_near; ++row) any |= is_far(row);
     return any;
+  }
+
+  /// With the largest scores as references where others were too far; of queries with near ones, nothing may change.
+  [[gnu::noinline]] void attend_again() {
+    for_tiles([&](Range tile) { for_strips(tile, [&](Range strip) { find_largest(strip); }); });
+    set_references([&](int64_t row) { return is_far(row); });
+    attend(/*guesses=*/false);
   }
 
   void store() const {
@@ -258,6 +262,7 @@ class ForwardBlock {
   Buffers& buffers_;
   const int64_t batch_;
   const int64_t head_;
+  const int64_t kv_head_;
   const Range block_;
   const Range keys_; // that at least one query of the block sees
   const int64_t first_strip_;

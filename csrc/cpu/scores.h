@@ -93,7 +93,7 @@ struct Visibility {
   int64_t lanes; // queries, in whole vectors
 
   Visibility(const Window& window, Range block, int64_t lanes) : queries(block.size()), lanes(lanes) {
-    for (int64_t i = 0; i < queries; ++i) keys[i] = window.keys_of(block.begin + i);
+    window.keys_of_each(block, keys);
     std::fill(keys + queries, keys + lanes, Range{0, 0});
   }
 

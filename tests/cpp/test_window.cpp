@@ -58,11 +58,14 @@ std::vector<int64_t> seen_keys(const Window& window, int64_t i) {
 
 void expect_as_defined(const Window& window, int64_t queries) {
   Range previous = window.keys_of(0);
+  std::vector<Range> each(queries);
+  window.keys_of_each({0, queries}, each.data());
   for (int64_t i = 0; i < queries; ++i) {
     SCOPED_TRACE(
         testing::Message() << "query " << i << ", window (" << window.left << ", " << window.right << "), offset "
                            << window.offset << ", keys " << window.keys);
     const Range range = window.keys_of(i);
+    ASSERT_TRUE(equal(each[i], range));
     ASSERT_LE(0, range.begin);
     ASSERT_LE(range.begin, range.end);
     ASSERT_LE(range.end, window.keys);
@@ -102,6 +105,9 @@ TEST(Window, KeepsItsOrderForAstronomicallyManyKeysAndQueries) {
   EXPECT_TRUE(equal(window.keys_of(largest / 2), {0, 8}));
   EXPECT_TRUE(equal(window.keys_of(largest), {largest / 2 + 1 - 100, largest / 2 + 1 + 8}));
   EXPECT_EQ(window.keys_of(largest / 2 - 8).size(), 0);
+  Range each[3];
+  window.keys_of_each({largest / 2 - 2, largest / 2 + 1}, each);
+  EXPECT_TRUE(equal(each[2], {0, 8}));
 }
 
 TEST(Window, FindsTheQueriesThatSeeAnyOfSomeKeys) {
