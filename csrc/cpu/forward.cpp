@@ -64,7 +64,7 @@ class ForwardBlock {
 
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
     const Range keys = params_.window.keys_of(block);
-    LookAhead<T> ahead(params_, batch, head, block, keys);
+    LookAhead<T> ahead(params_, batch, head, block, keys, ceil_div(keys.size(), tile_rows));
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
       const auto key_rows = keys_.of(params_.key, batch, params_.kv_head(head), tile, keys);

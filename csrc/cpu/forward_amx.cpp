@@ -82,7 +82,7 @@ class ForwardBlock {
         visibility_(params.window, block, block_queries),
         transform_(params, head),
         dropout_(params, batch * params.heads + head),
-        ahead_(params, batch, head, block, keys_),
+        ahead_(params, batch, head, block, keys_, (keys_.end - first_strip_) / 2),
         queries_(left_rows<M>(rows_of<T>(params.query, batch, head, block, params.key_dim), buffers.queries)) {}
 
   void run() {
@@ -137,7 +137,6 @@ class ForwardBlock {
       if (next < tile.end) {
         const RowMajor<const M> group{keys.data + (next - tile.begin) / strip_keys * group_size, keys.row_stride};
         multiply<M>(0, strip_keys / vector, steps<M>(params_.key_dim), queries, group, products);
-        ahead_.fetch();
       }
       if (next > tile.begin) function(Range{next - strip_keys, next});
       if (next < tile.end) products.store();
@@ -192,16 +191,19 @@ class ForwardBlock {
   template <bool masked, bool drops, bool capped>
   void weigh(Range strip, T* weights) {
     if constexpr (drops) dropout_.draw(strip.begin, block_.begin);
-#pragma GCC unroll 2
-    for (int64_t row = 0; row < block_queries; ++row) {
-      const auto [low, high] = scores_of<masked, capped>(row, strip);
-      const Vec<float> reference(reference_[row]);
-      const Vec<float> low_weights = exp2(low - reference);
-      const Vec<float> high_weights = exp2(high - reference);
-      sums_[row] = sums_[row] + (low_weights + high_weights);
-      auto rounded = round_to<T>(low_weights, high_weights);
-      if constexpr (drops) rounded = dropout_.keep(rounded, row);
-      rounded.store(weights + row * Buffers::weights_stride * Multiplicand<M>::terms);
+    for (int64_t pair = 0; pair < block_queries; pair += 2) {
+      ahead_.fetch();
+      WMHA_UNROLL
+      for (int64_t row = pair; row < pair + 2; ++row) {
+        const auto [low, high] = scores_of<masked, capped>(row, strip);
+        const Vec<float> reference(reference_[row]);
+        const Vec<float> low_weights = exp2(low - reference);
+        const Vec<float> high_weights = exp2(high - reference);
+        sums_[row] = sums_[row] + (low_weights + high_weights);
+        auto rounded = round_to<T>(low_weights, high_weights);
+        if constexpr (drops) rounded = dropout_.keep(rounded, row);
+        rounded.store(weights + row * Buffers::weights_stride * Multiplicand<M>::terms);
+      }
     }
   }
 

@@ -67,19 +67,13 @@ Rows<T> rows_of(const TensorView<Pointer>& view, int64_t batch, int64_t head, Ra
   return {at<T>(view, batch, head, positions.begin), view.position_stride, positions.size(), dim};
 }
 
-/// Brings so many elements into the second cache. Always inlined: of a function that only prefetches, g++ drops the
-/// calls.
+/// Brings a cache line into the second cache. Always inlined: of a function that only prefetches, g++ drops the calls.
+[[gnu::always_inline]] inline void prefetch(const void* data) { __builtin_prefetch(data, /*for writing*/ 0, 2); }
+
+/// So many elements.
 template <typename T>
 [[gnu::always_inline]] inline void prefetch(const T* data, int64_t count) {
-  constexpr int64_t line = 64 / sizeof(T);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(data + i, /*for writing*/ 0, 2);
-}
-
-template <typename T>
-[[gnu::always_inline]] inline void prefetch(Rows<T> rows) {
-  if (rows.stride == rows.dim) return prefetch(rows.data, rows.count * rows.dim);
-  for (int64_t r = 0; r < rows.count; ++r) prefetch(rows.row(r), rows.dim);
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) prefetch(data + i);
 }
 
 inline at::vec::Vectorized<float> load_as_acc(const c10::BFloat16* source) {
