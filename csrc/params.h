@@ -14,6 +14,9 @@ constexpr double ln_of_2 = 0.6931471805599453;
 
 WMHA_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/// a - n * floor(a / n), n > 0: in [0, n) for a < 0 too.
+WMHA_HOST_DEVICE constexpr int64_t modulo(int64_t a, int64_t n) { return (a % n + n) % n; }
+
 enum class ScalarType { Double, Float, BFloat16, Half };
 
 /// A (batch, head, position, feature) tensor; strides in elements, features are contiguous.

@@ -16,7 +16,7 @@ namespace wmha::cpu::CPU_CAPABILITY {
 #if defined(CPU_CAPABILITY_AVX512)
 using Words = __m512i;
 inline Words all_words(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-inline Words count_words() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+inline Words count_words() { return lane_numbers(); }
 inline Words add(Words a, Words b) { return _mm512_add_epi32(a, b); }
 inline Words multiply_even(Words a, Words b) { return _mm512_mul_epu32(a, b); }
 inline Words high(Words x) { return _mm512_srli_epi64(x, 32); }
@@ -59,19 +59,33 @@ inline void philox_even(Words (&word)[4], uint64_t seed) {
 }
 #endif
 
-/// Draws for eight keys at a time, and a vector of queries.
-template <typename Acc>
-class DropoutLanes {
+/// What the numbers of one head depend on.
+class DropoutOfHead {
  public:
-  DropoutLanes(const AttentionParams& params, int64_t batch_head)
+  DropoutOfHead(const AttentionParams& params, int64_t batch_head)
       : dropout_(params.dropout),
         head_(batch_head),
         seed_(static_cast<uint64_t>(params.dropout.enabled() ? params.rng_state[0] : 0)),
         offset_(params.dropout.enabled() ? params.rng_state[1] : 0) {}
 
+ protected:
+  PhiloxWords counter(int64_t key, int64_t row) const { return Dropout::counter(key, row, head_, offset_); }
+
+  Dropout dropout_;
+  int64_t head_;
+  uint64_t seed_;
+  int64_t offset_;
+};
+
+/// Draws for eight keys at a time, and a vector of queries.
+template <typename Acc>
+class DropoutLanes : DropoutOfHead {
+ public:
+  using DropoutOfHead::DropoutOfHead;
+
   /// For the eight keys around `key` and the queries from `row` on.
   void draw(int64_t key, int64_t row) {
-    const PhiloxWords first = Dropout::counter(key, row, head_, offset_);
+    const PhiloxWords first = counter(key, row);
 #ifdef WMHA_SIMD_WORDS
     if constexpr (std::is_same_v<Acc, float>) {
       const Words rows = add(all_words(first.word[1]), count_words());
@@ -109,10 +123,6 @@ class DropoutLanes {
  private:
   static constexpr int lanes = Vec<Acc>::size();
 
-  Dropout dropout_;
-  int64_t head_;
-  uint64_t seed_;
-  int64_t offset_;
   PhiloxLanes<lanes> drawn_;
 #ifdef WMHA_SIMD_WORDS
   struct {
@@ -123,16 +133,13 @@ class DropoutLanes {
 
 #if defined(CPU_CAPABILITY_AMX)
 /// Draws for 32 keys of each of 32 queries.
-class DropoutRows {
+class DropoutRows : DropoutOfHead {
  public:
-  DropoutRows(const AttentionParams& params, int64_t batch_head)
-      : threshold_(params.dropout.threshold),
-        first_(Dropout::counter(0, 0, batch_head, params.dropout.enabled() ? params.rng_state[1] : 0)),
-        seed_(static_cast<uint64_t>(params.dropout.enabled() ? params.rng_state[0] : 0)) {}
+  using DropoutOfHead::DropoutOfHead;
 
   /// For the keys from `key` on, which may be before the first, and the queries from `row` on.
   void draw(int64_t key, int64_t row) {
-    const int64_t before = (key % Dropout::group + Dropout::group) % Dropout::group; // keys of its group
+    const int64_t before = modulo(key, Dropout::group); // keys of its group
     WMHA_UNROLL
     for (int64_t i = 0; i < rows; i += 2) {
       draw_two(key - before, row + i, kept_ + i);
@@ -151,27 +158,25 @@ class DropoutRows {
 
  private:
   static constexpr int64_t keys = 32;
-  static constexpr int64_t rows = 32;
+  static constexpr int64_t rows = tile_rows;
 
   /// kept[i], bit k: is key + k kept for query row + i? `key` is the first of a group.
   void draw_two(int64_t key, int64_t row, uint32_t* kept) const {
     // Each quarter of a register is for a group of keys, and in it each half for a query.
     const Words groups = _mm512_srli_epi32(count_words(), 2);
     const Words queries = _mm512_and_si512(_mm512_srli_epi32(count_words(), 1), all_words(1));
+    const PhiloxWords first = counter(key, row);
     Words word[4] = {
-        add(all_words(static_cast<uint32_t>(key / Dropout::group)), groups),
-        add(all_words(static_cast<uint32_t>(row)), queries), all_words(first_.word[2]), all_words(first_.word[3])};
+        add(all_words(first.word[0]), groups), add(all_words(first.word[1]), queries), all_words(first.word[2]),
+        all_words(first.word[3])};
     philox_even(word, seed_);
     const Words low = zip(word[0], word[1]); // 16 bits for each of the group's first four keys
     const Words high = zip(word[2], word[3]);
-    const Words limit = _mm512_set1_epi16(static_cast<int16_t>(threshold_ - 1)); // a number is kept iff above it
+    const Words limit = _mm512_set1_epi16(static_cast<int16_t>(dropout_.threshold - 1)); // kept are those above it
     kept[0] = _mm512_cmpgt_epu16_mask(_mm512_unpacklo_epi64(low, high), limit);
     kept[1] = _mm512_cmpgt_epu16_mask(_mm512_unpackhi_epi64(low, high), limit);
   }
 
-  uint32_t threshold_;
-  PhiloxWords first_; // the counter of key 0 and query 0
-  uint64_t seed_;
   uint32_t kept_[rows];
 };
 #endif

@@ -194,9 +194,8 @@ class ForwardBlock {
     Acc* logsumexp =
         static_cast<Acc*>(params_.logsumexp) + (batch * params_.heads + head) * params_.queries + block.begin;
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
-      const Vec<Acc> log = Vec<Acc>::loadu(sum_ + lane).log2() + Vec<Acc>::loadu(reference_ + lane);
-      const Vec<Acc> natural = log * Vec<Acc>(static_cast<Acc>(ln_of_2));
-      natural.store(logsumexp_ + lane);
+      const Vec<Acc> reference = Vec<Acc>::loadu(reference_ + lane);
+      logsumexp_of(Vec<Acc>::loadu(sum_ + lane), reference).store(logsumexp_ + lane);
     }
     for (int64_t i = 0; i < block.size(); ++i) {
       const bool sees_none = visibility.keys[i].size() == 0;
@@ -207,7 +206,6 @@ class ForwardBlock {
   }
 
   const AttentionParams& params_;
-  [[no_unique_address]] TileRegisters tile_registers_;
   const int64_t most_lanes_; // of a block
   const int64_t most_keys_;
   Buffer<M> packed_query_; // [steps(key_dim)][lanes]

@@ -38,28 +38,29 @@ struct Buffers {
   static constexpr int64_t weights_stride = steps<M>(key_block); // of tiles
 
   const int64_t output_width;
-  Buffer<M> queries;      // [block_queries][left_width(key_dim)], where they can't be read in place
-  Buffer<float> products; // [block_queries][strip_keys]
-  Buffer<M> weights;      // [block_queries][weights_stride]
-  Buffer<float> output;   // [block_queries][output_width]
+  const int64_t most_keys; // of a block, in whole strips
+  Buffer<M> queries;       // [block_queries][left_width(key_dim)], where they can't be read in place
+  Buffer<float> products;  // [block_queries][strip_keys]
+  Buffer<M> weights;       // [block_queries][weights_stride]
+  Buffer<float> output;    // [block_queries][output_width]
   PackedKeys<T, RightTransposedForm<T>> keys;
   PackedKeys<T, RightRowsForm<T>> values;
 
   explicit Buffers(const AttentionParams& params)
       : output_width(whole_columns<M>(params.value_dim)),
+        most_keys(most_keys_of_block(params) + strip_keys),
         queries(block_queries * left_width<M>(params.key_dim)),
         products(block_queries * strip_keys),
         weights(block_queries * weights_stride),
         output(block_queries * output_width),
-        keys(params.key_dim, most_keys_of_block(params) + strip_keys, params.keys()),
-        values(params.value_dim, most_keys_of_block(params) + strip_keys, params.keys()) {}
+        keys(params.key_dim, most_keys, params.keys()),
+        values(params.value_dim, most_keys, params.keys()) {}
 };
 
 /// Where strips start, so that a block's last one is whole: it is packed once, not for each block that sees more of it.
 int64_t begin_of_strip(const Window& window, int64_t key) {
-  const int64_t phase = window.right < 0 ? 0 : (window.right % strip_keys + window.offset % strip_keys) % strip_keys;
-  const int64_t place = key - phase;
-  return key - (place % strip_keys + strip_keys) % strip_keys;
+  const int64_t phase = window.right < 0 ? 0 : window.right % strip_keys + window.offset % strip_keys;
+  return key - modulo(key - phase, strip_keys);
 }
 
 class ForwardBlock {
@@ -245,8 +246,8 @@ class ForwardBlock {
         static_cast<float*>(params_.logsumexp) + (batch_ * params_.heads + head_) * params_.queries + block_.begin;
     float logsumexps[block_queries];
     for (int64_t row = 0; row < block_queries; row += vector) {
-      const Vec<float> log = Vec<float>::loadu(sum_ + row).log2() + Vec<float>::loadu(reference_ + row);
-      (log * Vec<float>(static_cast<float>(ln_of_2))).store(logsumexps + row);
+      const Vec<float> reference = Vec<float>::loadu(reference_ + row);
+      logsumexp_of(Vec<float>::loadu(sum_ + row), reference).store(logsumexps + row);
     }
     std::copy_n(logsumexps, block_.size(), logsumexp); // of queries that see no key, log 0
     for (int64_t row = 0; row < block_.size(); ++row) {

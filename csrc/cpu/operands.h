@@ -26,6 +26,10 @@ Vec<Acc> larger(Vec<Acc> score, Vec<Acc> other) {
   return at::vec::clamp_min(score, other);
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+inline __m512i lane_numbers() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+#endif
+
 /// Is the mask set in any lane?
 template <typename Acc>
 bool any(Vec<Acc> mask) {
@@ -103,7 +107,7 @@ struct Multiplicand<BFloat16Pair> {
 
   static void store(const Vec<float> (&terms)[2], BFloat16Pair* place) {
     const auto halves = (__m512i)_mm512_cvtne2ps_pbh(terms[1], terms[0]); // to be interleaved: 0, 16, 1, 17, ...
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i lanes = lane_numbers();
     const __m512i places =
         _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16)));
     _mm512_storeu_si512(place, _mm512_permutexvar_epi16(places, halves));

@@ -29,17 +29,23 @@ struct LeftForm {
   static RowMajor<const M> pack(Rows<T> rows, Range /*used*/, M* packed) { return left_rows<M>(rows, packed); }
 };
 
+/// What the right operands have in common.
+template <typename T>
+struct RightOperandForm {
+  static constexpr int64_t overread = 0;
+
+  static bool is_in_place(Rows<T> /*rows*/) { return false; }
+};
+
 /// The right operand of P V and dS K: right_rows().
 template <typename T>
-struct RightRowsForm {
+struct RightRowsForm : RightOperandForm<T> {
   using M = multiplicand_type<T>;
   static constexpr int64_t group_steps = Multiplicand<M>::steps_at_once;
   static constexpr int64_t group = Multiplicand<M>::terms * group_steps;
-  static constexpr int64_t overread = 0;
 
   static int64_t group_size(int64_t dim) { return whole_columns<M>(dim) * group_steps; }
   static int64_t row_stride(int64_t dim) { return whole_columns<M>(dim); }
-  static bool is_in_place(Rows<T> /*rows*/) { return false; }
   static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) { return right_rows<M>(rows, used, packed); }
 
   /// The first keys become zeros.
@@ -53,15 +59,13 @@ struct RightRowsForm {
 
 /// The same, turned over: [groups][whole_columns(dim)][group_steps].
 template <typename T>
-struct RightColumnsForm {
+struct RightColumnsForm : RightOperandForm<T> {
   using M = multiplicand_type<T>;
   static constexpr int64_t group_steps = Multiplicand<M>::steps_at_once;
   static constexpr int64_t group = Multiplicand<M>::terms * group_steps;
-  static constexpr int64_t overread = 0;
 
   static int64_t group_size(int64_t dim) { return whole_columns<M>(dim) * group_steps; }
   static int64_t row_stride(int64_t /*dim*/) { return group_steps; }
-  static bool is_in_place(Rows<T> /*rows*/) { return false; }
   static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) {
     constexpr int64_t columns = Multiplicand<M>::columns;
     alignas(64) M pairs[group_steps * columns];
@@ -80,14 +84,12 @@ struct RightColumnsForm {
 
 /// The right operand of Q K^T: [groups][steps(dim)][group].
 template <typename T>
-struct RightTransposedForm {
+struct RightTransposedForm : RightOperandForm<T> {
   using M = multiplicand_type<T>;
   static constexpr int64_t group = Multiplicand<M>::columns;
-  static constexpr int64_t overread = 0;
 
   static int64_t group_size(int64_t dim) { return steps<M>(dim) * group; }
   static int64_t row_stride(int64_t /*dim*/) { return group; }
-  static bool is_in_place(Rows<T> /*rows*/) { return false; }
   static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) {
     constexpr int64_t depth = Multiplicand<M>::steps_at_once;
     alignas(64) M scratch[group * depth];
@@ -142,14 +144,13 @@ class PackedKeys {
       const Range missing{end_ - (end_ - first_) % Form::group, tile.end}; // a part of a group is packed again
       const Range used{std::max<int64_t>(seen.begin - missing.begin, 0), missing.size()};
       Form::pack(rows_of<T>(view, batch, head, missing, dim_), used, place(missing.begin));
-      if (missing.begin < seen.begin) oldest_ = seen.begin;
       end_ = tile.end;
     }
-    if constexpr (std::is_same_v<Form, RightRowsForm<T>>) { // other forms' keys are masked after the product
-      if (tile.begin < seen.begin) {
+    if (tile.begin < seen.begin) {
+      if constexpr (std::is_same_v<Form, RightRowsForm<T>>) { // other forms' keys are masked after the product
         Form::clear(seen.begin - tile.begin, dim_, place(tile.begin));
-        oldest_ = seen.begin;
       }
+      oldest_ = seen.begin;
     }
     return {place(tile.begin), Form::row_stride(dim_)};
   }
@@ -185,7 +186,7 @@ class PackedKeys {
   int64_t batch_ = -1;
   int64_t head_ = -1;
   int64_t first_ = 0;  // the key at the buffer's begin
-  int64_t oldest_ = 0; // the first one that isn't zeros
+  int64_t oldest_ = 0; // those before it are zeros or gone
   int64_t end_ = 0;
 };
 

@@ -134,7 +134,7 @@ inline void interleave(
   const auto load = [&](const c10::BFloat16* row) {
     return row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, row);
   };
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i lanes = lane_numbers();
   const __m512i first = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(32)), 16));
   _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(load(low), first, load(high)));
   if (width == 16) return;

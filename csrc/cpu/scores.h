@@ -86,6 +86,12 @@ struct ScoreTransform {
   }
 };
 
+/// log sum exp(z) of scores z * log2 e, given the sum of 2^(z * log2 e - reference).
+template <typename Acc>
+Vec<Acc> logsumexp_of(Vec<Acc> sum, Vec<Acc> reference) {
+  return (sum.log2() + reference) * Vec<Acc>(static_cast<Acc>(ln_of_2));
+}
+
 /// The keys that each query of a block sees. Queries beyond the last see none.
 struct Visibility {
   Range keys[query_block];
