@@ -34,6 +34,19 @@ struct LeftRows {
       : matrix(matrix), register_stride(register_stride) {}
 };
 
+/// Adds a product of one step to the sums.
+inline void multiply_add(RowMajor<const BFloat16Pair> left, RowMajor<const BFloat16Pair> right) {
+  constexpr int64_t size = sizeof(BFloat16Pair);
+  load_register<4>(left.data, left.row_stride * size);
+  load_register<6>(right.data, right.row_stride * size);
+  multiply_add_registers<0, 4, 6>();
+  load_register<7>(right.data + register_rows, right.row_stride * size);
+  multiply_add_registers<1, 4, 7>();
+  load_register<5>(left.row(register_rows), left.row_stride * size);
+  multiply_add_registers<2, 5, 6>();
+  multiply_add_registers<3, 5, 7>();
+}
+
 /// A row of tiles: the product of tile_rows rows of `left` (depth steps wide) and the vectors [begin, end) of the
 /// columns of `right` (depth steps high). depth and columns are whole tiles.
 template <typename M, typename Target>
@@ -45,21 +58,11 @@ void multiply(
     RowMajor<const M> right,
     const Target& target) {
   constexpr int64_t vector = Vec<float>::size();
-  const int64_t left_stride = left.matrix.row_stride * sizeof(M);
-  const int64_t right_stride = right.row_stride * sizeof(M);
   for (int64_t column = begin * vector; column < end * vector; column += 2 * vector) {
     target.start(column);
     RowMajor<const M> left_rows = left.matrix;
     for (int64_t t = 0; t < depth; t += Multiplicand<M>::steps_at_once, left_rows.data += left.register_stride) {
-      const M* const right_row = right.row(t) + column;
-      load_register<4>(left_rows.data, left_stride);
-      load_register<6>(right_row, right_stride);
-      multiply_add_registers<0, 4, 6>();
-      load_register<7>(right_row + vector, right_stride);
-      multiply_add_registers<1, 4, 7>();
-      load_register<5>(left_rows.row(register_rows), left_stride);
-      multiply_add_registers<2, 5, 6>();
-      multiply_add_registers<3, 5, 7>();
+      multiply_add(left_rows, {right.row(t) + column, right.row_stride});
     }
     target.finish(column);
   }

@@ -38,8 +38,8 @@ class BackwardBlock {
         grad_query_(params.key_dim, query_block),
         packed_query_(steps<M>(params.key_dim) * query_block),
         packed_grad_output_(steps<M>(params.value_dim) * query_block),
-        scores_(tile_rows * lanes_at_once),
-        grad_weights_(tile_rows * lanes_at_once),
+        scores_(tile_rows * query_block),
+        grad_weights_(tile_rows * query_block),
         weights_(tile_rows * query_block),
         grad_scores_(tile_rows * query_block),
         grad_scores_by_query_(key_block * query_block),
@@ -89,18 +89,15 @@ class BackwardBlock {
         seeing = visibility.of_keys(group, seeing);
         const Range lanes = whole_columns<M>(seeing);
         const Range whole{first, first + whole_terms<M>(group.size())};
-        for (int64_t lane = lanes.begin; lane < lanes.end; lane += lanes_at_once) {
-          const Range part{lane, std::min(lane + lanes_at_once, lanes.end)};
-          multiply_group(left_keys, row, group.size(), params_.key_dim, packed_query_, part, scores_);
-          multiply_group(left_values, row, group.size(), params_.value_dim, packed_grad_output_, part, grad_weights_);
-          with_mask<Acc>(visibility, whole, part, [&](auto masked, Range lanes) {
-            with_flags(
-                [&](auto drops, auto capped) {
-                  differentiate_scores<masked, drops, capped>(transform, mask, row, group, lanes, block.begin, dropout);
-                },
-                params_.dropout.enabled(), transform.cap > 0);
-          });
-        }
+        multiply_group(left_keys, row, group.size(), params_.key_dim, packed_query_, lanes, scores_);
+        multiply_group(left_values, row, group.size(), params_.value_dim, packed_grad_output_, lanes, grad_weights_);
+        with_mask<Acc>(visibility, whole, lanes, [&](auto masked, Range lanes) {
+          with_flags(
+              [&](auto drops, auto capped) {
+                differentiate_scores<masked, drops, capped>(transform, mask, row, group, lanes, block.begin, dropout);
+              },
+              params_.dropout.enabled(), transform.cap > 0);
+        });
         add_to_keys(seeing, weights_, right_grad_outputs, key_gradients.value_rows(first), value_width_);
         add_to_keys(seeing, grad_scores_, right_queries, key_gradients.key_rows(first), key_width_);
       }
@@ -137,7 +134,7 @@ class BackwardBlock {
     std::fill(delta_ + block.size(), delta_ + lanes_, Acc(0));
   }
 
-  /// products[key][lane % lanes_at_once] = <row, packed column> for a group of keys and the lanes given.
+  /// products[key][lane] = <row, packed column> for a group of keys and the lanes given.
   void multiply_group(
       RowMajor<const M> rows,
       int64_t row,
@@ -146,10 +143,9 @@ class BackwardBlock {
       const M* packed,
       Range lanes,
       Acc* products) {
-    const StoreTo<Acc> target{{products - lanes.begin / lanes_at_once * lanes_at_once, lanes_at_once}};
     multiply<M>(
         lanes.begin / vector, lanes.end / vector, steps<M>(dim), LeftRows<M>({rows.row(row), rows.row_stride}, keys),
-        {packed, lanes_}, target);
+        {packed, lanes_}, StoreTo<Acc>{{products, query_block}});
   }
 
   /// From products to gradients, for a group of keys: weights_ (of the values, dropout applied), grad_scores_ in both
@@ -167,8 +163,8 @@ class BackwardBlock {
     const Vec<Acc> inverse_keep(static_cast<Acc>(params_.dropout.inverse_keep));
     const int64_t count = lanes_; // the compiler can't know that no store changes the member
     for (int64_t lane = lanes.begin; lane < lanes.end; lane += vector) {
-      const Acc* const scores = scores_ + lane % lanes_at_once;
-      const Acc* const grad_weights = grad_weights_ + lane % lanes_at_once;
+      const Acc* const scores = scores_ + lane;
+      const Acc* const grad_weights = grad_weights_ + lane;
       M* const weights = weights_ + lane / terms;
       M* const grad_scores_by_key = grad_scores_ + lane / terms;
       M* const grad_scores_by_query = grad_scores_by_query_ + first_row / terms * count + lane;
@@ -186,14 +182,14 @@ class BackwardBlock {
           const Seen<Acc> lanes_seen = mask.seen(place, lane);
           place = place + Vec<Acc>(Acc(1));
           const auto seen = [&](Vec<Acc> x) { return masked ? lanes_seen.select(x, zero) : x; };
-          const Vec<Acc> z = transform.template score<capped>(Vec<Acc>::loadu(scores + row * lanes_at_once));
+          const Vec<Acc> z = transform.template score<capped>(Vec<Acc>::loadu(scores + row * query_block));
           const Vec<Acc> weight = exp2(z - logsumexp);
-          Vec<Acc> grad_weight = Vec<Acc>::loadu(grad_weights + row * lanes_at_once);
+          Vec<Acc> grad_weight = Vec<Acc>::loadu(grad_weights + row * query_block);
           value_weights[term] = seen(weight);
           if constexpr (drops) {
             if (row == 0 || key % Dropout::group == 0) dropout.draw(key, first_query + lane);
             grad_weight = dropout.keep(grad_weight * inverse_keep, key);
-            value_weights[term] = dropout.keep(value_weights[term] * inverse_keep, key);
+            value_weights[term] = dropout.keep(value_weights[term], key);
           }
           const Vec<Acc> grad_z = seen(weight * (grad_weight - delta));
           temperature = at::vec::fmadd(grad_z, seen(z), temperature);
@@ -223,14 +219,13 @@ class BackwardBlock {
   const AttentionParams& params_;
   const int64_t key_width_;
   const int64_t value_width_;
-  [[no_unique_address]] TileRegisters tile_registers_;
   // Of a block of queries:
   QuerySums<T> grad_query_;
   Buffer<M> packed_query_;       // [steps(key_dim)][lanes]
   Buffer<M> packed_grad_output_; // [steps(value_dim)][lanes]
   // Of a group of keys:
-  Buffer<Acc> scores_;       // [tile_rows][lanes_at_once], products
-  Buffer<Acc> grad_weights_; // [tile_rows][lanes_at_once]
+  Buffer<Acc> scores_;       // [tile_rows][query_block], products
+  Buffer<Acc> grad_weights_; // [tile_rows][query_block]
   Buffer<M> weights_;        // [tile_rows][steps(lanes)]
   Buffer<M> grad_scores_;    // [tile_rows][steps(lanes)]
   // Of a tile of keys:
@@ -291,24 +286,6 @@ void backward(const AttentionParams& params, const BackwardSchedule& schedule, v
     for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
       for (int64_t task = run.begin; task < run.end; ++task) {
         run_chunk(params, schedule, task / schedule.chunks, task % schedule.chunks, block, key_gradients);
-      }
-    }
-  });
-}
-
-void merge_backward(
-    const AttentionParams& params,
-    const BackwardSchedule& schedule,
-    const void* workspace,
-    Tasks& tasks) {
-  with_scalar_type(params.dtype, [&](auto type) {
-    using T = decltype(type);
-    const int64_t pieces = schedule.merge_pieces();
-    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
-      for (int64_t task = run.begin; task < run.end; ++task) {
-        merge_shares<T>(
-            params, schedule, static_cast<const acc_type<T>*>(workspace), task / pieces,
-            schedule.keys_of_piece(task % pieces));
       }
     }
   });

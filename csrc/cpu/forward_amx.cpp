@@ -57,12 +57,6 @@ struct Buffers {
         values(params.value_dim, most_keys, params.keys()) {}
 };
 
-/// Where strips start, so that a block's last one is whole: it is packed once, not for each block that sees more of it.
-int64_t begin_of_strip(const Window& window, int64_t key) {
-  const int64_t phase = window.right < 0 ? 0 : window.right % strip_keys + window.offset % strip_keys;
-  return key - modulo(key - phase, strip_keys);
-}
-
 class ForwardBlock {
   static constexpr float infinity = std::numeric_limits<float>::infinity();
   // A sum with the weight of the reference's score is larger than 1/2. The largest one leaves room for large values:

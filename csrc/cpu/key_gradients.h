@@ -11,7 +11,7 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-/// Rounds the sums of one key to T and writes them to the tensors.
+/// Rounds the sums of one key to T and writes them to the tensors. Those of grad_value lack the factor of dropout.
 template <typename T>
 void store_key_gradients(
     const AttentionParams& params,
@@ -23,7 +23,8 @@ void store_key_gradients(
   const int64_t batch = batch_kv_head / params.kv_heads;
   const int64_t kv_head = batch_kv_head % params.kv_heads;
   store_row(grad_key, params.key_dim, Acc(1), at<T>(params.grad_key, batch, kv_head, key));
-  store_row(grad_value, params.value_dim, Acc(1), at<T>(params.grad_value, batch, kv_head, key));
+  const auto inverse_keep = static_cast<Acc>(params.dropout.inverse_keep);
+  store_row(grad_value, params.value_dim, inverse_keep, at<T>(params.grad_value, batch, kv_head, key));
 }
 
 /// The sums of the keys in sight while a chunk's queries pass by, in a buffer that follows the window:
@@ -106,35 +107,5 @@ class KeyGradients {
   int64_t first_ = 0;
   int64_t end_ = 0;
 };
-
-/// grad_key and grad_value of those of the keys that aren't private to a chunk: the sum of their shares in chunk order,
-/// or zero.
-template <typename T>
-void merge_shares(
-    const AttentionParams& params,
-    const BackwardSchedule& schedule,
-    const acc_type<T>* workspace,
-    int64_t batch_kv_head,
-    Range keys) {
-  using Acc = acc_type<T>;
-  const Buffer<Acc> sum(schedule.row);
-  int64_t first_chunk = 0; // no earlier chunk sees this key or a later one
-  for (int64_t key = keys.begin; key < keys.end; ++key) {
-    while (first_chunk < schedule.chunks && schedule.keys_of(first_chunk).end <= key) ++first_chunk;
-    if (first_chunk < schedule.chunks) {
-      const Range own = schedule.private_keys_of(first_chunk);
-      if (own.begin <= key && key < own.end) {
-        key = own.end - 1;
-        continue;
-      }
-    }
-    std::fill_n(sum.data(), schedule.row, Acc(0));
-    for (int64_t c = first_chunk; c < schedule.chunks && schedule.keys_of(c).begin <= key; ++c) {
-      const Acc* share = workspace + schedule.share_offset(batch_kv_head, c, key);
-      for (int64_t d = 0; d < schedule.row; ++d) sum[d] += share[d];
-    }
-    store_key_gradients<T>(params, batch_kv_head, key, sum, sum + params.key_dim);
-  }
-}
 
 } // namespace wmha::cpu::CPU_CAPABILITY

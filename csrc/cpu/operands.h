@@ -105,13 +105,14 @@ struct Multiplicand<BFloat16Pair> {
     return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
   }
 
-  static void store(const Vec<float> (&terms)[2], BFloat16Pair* place) {
+  static __m512i round(const Vec<float> (&terms)[2]) {
     const auto halves = (__m512i)_mm512_cvtne2ps_pbh(terms[1], terms[0]); // to be interleaved: 0, 16, 1, 17, ...
     const __m512i lanes = lane_numbers();
     const __m512i places =
         _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16)));
-    _mm512_storeu_si512(place, _mm512_permutexvar_epi16(places, halves));
+    return _mm512_permutexvar_epi16(places, halves);
   }
+  static void store(const Vec<float> (&terms)[2], BFloat16Pair* place) { _mm512_storeu_si512(place, round(terms)); }
   static void store_rows(const Vec<float> (&rows)[2], BFloat16Pair* place, int64_t row_stride) {
     const auto halves = (__m512i)_mm512_cvtne2ps_pbh(rows[1], rows[0]);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), _mm512_castsi512_si256(halves));

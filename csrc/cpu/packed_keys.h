@@ -57,31 +57,6 @@ struct RightRowsForm : RightOperandForm<T> {
   }
 };
 
-/// The same, turned over: [groups][whole_columns(dim)][group_steps].
-template <typename T>
-struct RightColumnsForm : RightOperandForm<T> {
-  using M = multiplicand_type<T>;
-  static constexpr int64_t group_steps = Multiplicand<M>::steps_at_once;
-  static constexpr int64_t group = Multiplicand<M>::terms * group_steps;
-
-  static int64_t group_size(int64_t dim) { return whole_columns<M>(dim) * group_steps; }
-  static int64_t row_stride(int64_t /*dim*/) { return group_steps; }
-  static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) {
-    constexpr int64_t columns = Multiplicand<M>::columns;
-    alignas(64) M pairs[group_steps * columns];
-    for (int64_t first = 0; first < rows.count; first += group) {
-      M* const to = packed + first / group * group_size(rows.dim);
-      const int64_t count = std::min(group, rows.count - first);
-      for (int64_t d = 0; d < rows.dim; d += columns) {
-        const Rows<T> part{rows.row(first) + d, rows.stride, count, std::min(columns, rows.dim - d)};
-        right_rows<M>(part, {used.begin - first, used.end - first}, pairs);
-        transpose<M>({pairs, columns}, group_steps, columns, {to + d * group_steps, group_steps});
-      }
-    }
-    return {packed, group_steps};
-  }
-};
-
 /// The right operand of Q K^T: [groups][steps(dim)][group].
 template <typename T>
 struct RightTransposedForm : RightOperandForm<T> {
@@ -107,13 +82,8 @@ struct RightTransposedForm : RightOperandForm<T> {
   }
 };
 
-#if defined(CPU_CAPABILITY_AMX)
-template <typename T>
-using RightForm = RightColumnsForm<T>;
-#else
 template <typename T>
 using RightForm = std::conditional_t<Multiplicand<multiplicand_type<T>>::terms == 1, LeftForm<T>, RightRowsForm<T>>;
-#endif
 
 /// Keys and values in form Form, LeftForm<T> or RightForm<T>.
 template <typename T, typename Form>

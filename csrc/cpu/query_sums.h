@@ -1,6 +1,5 @@
 // What the backward and the forward pass sum up for each query of a block: sum[query] = sum over the keys it sees of
-// left[key][query] * right[key], outputs of weights and values (but with AMX: see forward_amx.cpp), grad_query of
-// grad_scores and keys.
+// left[key][query] * right[key], outputs of weights and values, grad_query of grad_scores and keys.
 #pragma once
 
 #include <algorithm>
@@ -13,84 +12,6 @@
 #include "tiles.h"
 
 namespace wmha::cpu::CPU_CAPABILITY {
-
-#if defined(CPU_CAPABILITY_AMX)
-
-/// The sums lie as right^T left, queries in columns, since the left operand of a register has neighbouring terms, here
-/// keys, in a row.
-template <typename T>
-class QuerySums {
-  using M = multiplicand_type<T>;
-
- public:
-  QuerySums(int64_t dim, int64_t most_lanes)
-      : dim_(dim),
-        width_(whole_columns<M>(dim)),
-        sums_(width_ * most_lanes),
-        pairs_(width_ / 2 * most_lanes),
-        rows_(most_lanes * width_ / 2) {}
-
-  /// All sums become 0. The columns of `left` are `lanes`, whole tiles.
-  void start(int64_t lanes) {
-    lanes_ = lanes;
-    empty_ = true;
-  }
-
-  /// sum += left^T right. left: [steps(tile)][lanes], right: the tile's keys in RightForm.
-  void add(const Visibility& visibility, Range tile, const M* left, RowMajor<const M> right) {
-    const int64_t group_size = RightForm<T>::group_size(dim_);
-    for (int64_t lane = 0; lane < lanes_; lane += Multiplicand<M>::columns) {
-      const Range columns{lane / Vec<float>::size(), (lane + Multiplicand<M>::columns) / Vec<float>::size()};
-      const Range seen = visibility.of_queries(lane, lane + Multiplicand<M>::columns, tile);
-      const Range depth = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
-      const M* const groups = right.data + depth.begin / RightForm<T>::group_steps * group_size;
-      for (int64_t d = 0; d < dim_; d += tile_rows) {
-        const LeftRows<M> features({groups + d * right.row_stride, right.row_stride}, tile_rows, group_size);
-        const RowMajor<const M> seen_left{left + depth.begin * lanes_, lanes_};
-        const RowMajor<float> sums{sums_ + d * lanes_, lanes_};
-        if (empty_) {
-          multiply<M>(columns.begin, columns.end, depth.size(), features, seen_left, StoreTo<float>{sums});
-        } else {
-          multiply<M>(columns.begin, columns.end, depth.size(), features, seen_left, AddTo<float>{sums});
-        }
-      }
-    }
-    empty_ = false;
-  }
-
-  /// Rows of `target` become the sums of `count` queries.
-  void store(int64_t count, T* target, int64_t stride) {
-    if (empty_) std::fill_n(sums_.data(), width_ * lanes_, 0.0f);
-    constexpr int64_t vector = Vec<float>::size();
-    for (int64_t lane = 0; lane < lanes_; lane += vector) {
-      for (int64_t pair = 0; pair < width_ / 2; ++pair) { // of neighbouring features
-        const float* place = sums_ + 2 * pair * lanes_ + lane;
-        const Vec<float> features[] = {Vec<float>::loadu(place), Vec<float>::loadu(place + lanes_)};
-        Multiplicand<M>::store(features, pairs_ + pair * lanes_ + lane);
-      }
-    }
-    const RowMajor<const M> pairs{pairs_, lanes_};
-    if (dim_ == width_ && stride % 2 == 0) {
-      transpose<M>(pairs, width_ / 2, count, {reinterpret_cast<M*>(target), stride / 2});
-    } else {
-      transpose<M>(pairs, width_ / 2, count, {rows_, width_ / 2});
-      for (int64_t i = 0; i < count; ++i) {
-        std::copy_n(reinterpret_cast<const T*>(rows_ + i * (width_ / 2)), dim_, target + i * stride);
-      }
-    }
-  }
-
- private:
-  const int64_t dim_;
-  const int64_t width_;
-  Buffer<float> sums_; // [width][lanes]
-  Buffer<M> pairs_;    // [width / 2][lanes]
-  Buffer<M> rows_;     // [lanes][width / 2]
-  int64_t lanes_ = 0;
-  bool empty_ = true;
-};
-
-#else
 
 /// A left operand that lies in columns: element (r, t) at data[t * stride + r].
 template <typename M>
@@ -172,7 +93,5 @@ class QuerySums {
   Buffer<Acc> sums_; // [lanes][width]
   int64_t lanes_ = 0;
 };
-
-#endif
 
 } // namespace wmha::cpu::CPU_CAPABILITY

@@ -70,6 +70,8 @@ Rows<T> rows_of(const TensorView<Pointer>& view, int64_t batch, int64_t head, Ra
 /// Brings a cache line into the second cache. Always inlined: of a function that only prefetches, g++ drops the calls.
 [[gnu::always_inline]] inline void prefetch(const void* data) { __builtin_prefetch(data, /*for writing*/ 0, 2); }
 
+[[gnu::always_inline]] inline void prefetch_for_writing(const void* data) { __builtin_prefetch(data, 1, 2); }
+
 /// So many elements.
 template <typename T>
 [[gnu::always_inline]] inline void prefetch(const T* data, int64_t count) {
@@ -97,6 +99,15 @@ inline at::vec::Vectorized<double> load_as_acc(const double* source) {
 /// Sums up to the product of two rows.
 template <typename T>
 Vec<acc_type<T>> multiply_rows(const T* left, const T* right, int64_t dim) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  Vec<float> products(0.0f);
+  for (int64_t d = 0; d < dim; d += 32) {
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << std::min<int64_t>(dim - d, 32)) - 1);
+    const auto load = [&](const T* row) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, row + d); };
+    products = _mm512_dpbf16_ps(products, load(left), load(right));
+  }
+  return products;
+#else
   using Acc = acc_type<T>;
   Vec<Acc> sums(Acc(0));
   int64_t d = 0;
@@ -108,6 +119,7 @@ Vec<acc_type<T>> multiply_rows(const T* left, const T* right, int64_t dim) {
   std::copy(left + d, left + dim, rest[0]);
   std::copy(right + d, right + dim, rest[1]);
   return at::vec::fmadd(Vec<Acc>::loadu(rest[0]), Vec<Acc>::loadu(rest[1]), sums);
+#endif
 }
 
 template <typename T>
@@ -123,6 +135,18 @@ at::vec::Vectorized<T> round_to(at::vec::Vectorized<float> low, at::vec::Vectori
 }
 
 #if defined(CPU_CAPABILITY_AVX512_BF16)
+/// Two rows of 32 elements as pairs.
+struct Interleaved {
+  __m512i first;
+  __m512i second;
+};
+inline Interleaved interleave(__m512i low, __m512i high) {
+  const __m512i lanes = lane_numbers();
+  const __m512i first = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(32)), 16));
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  return {_mm512_permutex2var_epi16(low, first, high), _mm512_permutex2var_epi16(low, second, high)};
+}
+
 /// The first `count` elements of two rows as `width` pairs, 16 or 32. Zeros behind them, and for a row that is null.
 inline void interleave(
     const c10::BFloat16* low,
@@ -134,12 +158,9 @@ inline void interleave(
   const auto load = [&](const c10::BFloat16* row) {
     return row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, row);
   };
-  const __m512i lanes = lane_numbers();
-  const __m512i first = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(32)), 16));
-  _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(load(low), first, load(high)));
-  if (width == 16) return;
-  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-  _mm512_storeu_si512(pairs + 16, _mm512_permutex2var_epi16(load(low), second, load(high)));
+  const auto [first, second] = interleave(load(low), load(high));
+  _mm512_storeu_si512(pairs, first);
+  if (width > 16) _mm512_storeu_si512(pairs + 16, second);
 }
 #endif
 

@@ -20,15 +20,6 @@ constexpr int64_t query_block = 96;
 constexpr int64_t query_block = 48;
 #endif
 
-/// Of them, those whose products with a group of keys the backward pass makes and uses before the next ones'. With AMX,
-/// what belongs to 32 queries stays in the first cache: 5 to 14 % faster than 96. Blocks of 32 would make the backward
-/// pass 5 to 29 % slower, since it adds to dK and dV of a key once for each block.
-#if defined(CPU_CAPABILITY_AMX)
-constexpr int64_t lanes_at_once = 2 * register_rows;
-#else
-constexpr int64_t lanes_at_once = query_block;
-#endif
-
 /// The keys that a block of queries sees, at most.
 inline int64_t most_keys_of_block(const AttentionParams& params) {
   int64_t most = 0;
@@ -46,6 +37,14 @@ inline int64_t most_keys_of_block(const AttentionParams& params) {
 constexpr int64_t key_block = 384;
 #else
 constexpr int64_t key_block = 96;
+#endif
+
+#if defined(CPU_CAPABILITY_AMX)
+/// Where strips start, so that a block's last one is whole: it is packed once, not for each block that sees more of it.
+inline int64_t begin_of_strip(const Window& window, int64_t key) {
+  const int64_t phase = window.right < 0 ? 0 : window.right % tile_rows + window.offset % tile_rows;
+  return key - modulo(key - phase, tile_rows);
+}
 #endif
 
 /// From products of keys and queries to z * log2 e, z = softcap(scale * <q, k>) / temperature, and back. Queries are
@@ -80,9 +79,13 @@ struct ScoreTransform {
   /// d z / d <q, k> at a score z * log2 e.
   template <bool capped>
   Vec<Acc> derivative(Vec<Acc> score) const {
-    if constexpr (!capped) return Vec<Acc>(gradient_factor);
+    return capped ? Vec<Acc>(gradient_factor) * tanh_derivative(score) : Vec<Acc>(gradient_factor);
+  }
+
+  /// The derivative of the softcap's tanh at a score z * log2 e. Precondition: there is one.
+  Vec<Acc> tanh_derivative(Vec<Acc> score) const {
     const Vec<Acc> tanh = score / Vec<Acc>(cap);
-    return Vec<Acc>(gradient_factor) * (Vec<Acc>(Acc(1)) - tanh * tanh);
+    return Vec<Acc>(Acc(1)) - tanh * tanh;
   }
 };
 

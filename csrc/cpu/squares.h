@@ -1,0 +1,141 @@
+// Squares of 32 rows by 32 features of bf16, turned in registers into what the tile registers of AMX multiply.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "rows.h"
+
+namespace wmha::cpu::CPU_CAPABILITY {
+
+constexpr int64_t square = 32;           // rows or features
+constexpr int64_t square_pairs = 16;     // of either
+using Registers = __m512i[square_pairs]; // 16 x 16 pairs
+
+/// Turns rows into columns.
+inline void transpose(Registers& rows) {
+  Registers next;
+  WMHA_UNROLL
+  for (int i = 0; i < 16; i += 2) { // words of two rows
+    next[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    next[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  WMHA_UNROLL
+  for (int i = 0; i < 16; i += 4) { // of four: quarter q of rows[i + c] is of column 4 q + c
+    rows[i] = _mm512_unpacklo_epi64(next[i], next[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(next[i], next[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(next[i + 1], next[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(next[i + 1], next[i + 3]);
+  }
+  WMHA_UNROLL
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even_low = _mm512_shuffle_i32x4(rows[c], rows[c + 4], 0x88); // quarters 0 and 2 of both
+    const __m512i odd_low = _mm512_shuffle_i32x4(rows[c], rows[c + 4], 0xdd);  // quarters 1 and 3
+    const __m512i even_high = _mm512_shuffle_i32x4(rows[c + 8], rows[c + 12], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(rows[c + 8], rows[c + 12], 0xdd);
+    next[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    next[c + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    next[c + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    next[c + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+  std::copy_n(next, 16, rows);
+}
+
+/// A square of a tensor's rows, from feature `first` on: zeros where there is nothing, and rows that aren't `used`.
+class Square {
+ public:
+  Square(Rows<c10::BFloat16> rows, int64_t first, Range used)
+      : data_(rows.data + first), stride_(rows.stride), used_(used), features_(mask_of(rows.dim - first)) {}
+
+  __m512i operator[](int64_t r) const {
+    if (r < used_.begin || used_.end <= r) return _mm512_setzero_si512();
+    return _mm512_maskz_loadu_epi16(features_, data_ + r * stride_);
+  }
+
+  /// So many of the features, and the first ones.
+  static __mmask32 mask_of(int64_t features) {
+    return static_cast<__mmask32>((uint64_t{1} << std::min(features, square)) - 1);
+  }
+
+ private:
+  const c10::BFloat16* data_;
+  int64_t stride_;
+  Range used_;
+  __mmask32 features_;
+};
+
+/// The square as two right operands: pairs of rows, interleaved[r / 2][feature], and pairs of features,
+/// transposed[feature / 2][r].
+inline void pack_right(const Square& rows, RowMajor<BFloat16Pair> interleaved, RowMajor<BFloat16Pair> transposed) {
+  for (int64_t first = 0; first < square; first += square_pairs) {
+    Registers words;
+    WMHA_UNROLL
+    for (int r = 0; r < 16; ++r) words[r] = rows[first + r];
+    WMHA_UNROLL
+    for (int r = 0; r < 16; r += 2) {
+      const auto [low, high] = interleave(words[r], words[r + 1]);
+      BFloat16Pair* const to = interleaved.row((first + r) / 2);
+      _mm512_storeu_si512(to, low);
+      _mm512_storeu_si512(to + square_pairs, high);
+    }
+    transpose(words);
+    WMHA_UNROLL
+    for (int c = 0; c < 16; ++c) _mm512_storeu_si512(transposed.row(c) + first, words[c]);
+  }
+}
+
+/// The square, turned over, as a left operand: pairs of rows, packed[feature][r / 2].
+inline void pack_left_columns(const Square& rows, BFloat16Pair* packed) {
+  Registers low;
+  Registers high;
+  WMHA_UNROLL
+  for (int pair = 0; pair < 16; ++pair) {
+    const auto [first, second] = interleave(rows[2 * pair], rows[2 * pair + 1]);
+    low[pair] = first;
+    high[pair] = second;
+  }
+  transpose(low);
+  transpose(high);
+  WMHA_UNROLL
+  for (int c = 0; c < 16; ++c) {
+    _mm512_storeu_si512(packed + c * square_pairs, low[c]);
+    _mm512_storeu_si512(packed + (16 + c) * square_pairs, high[c]);
+  }
+}
+
+/// Rounds sums[feature][row], a square of them, and writes `count` rows of `features` features.
+inline void store_columns(const float* sums, int64_t count, int64_t features, c10::BFloat16* target, int64_t stride) {
+  for (int64_t first = 0; first < count; first += square_pairs) {
+    Registers words;
+    WMHA_UNROLL
+    for (int pair = 0; pair < 16; ++pair) {
+      const float* const place = sums + 2 * pair * square + first;
+      words[pair] = Multiplicand<BFloat16Pair>::round({Vec<float>::loadu(place), Vec<float>::loadu(place + square)});
+    }
+    transpose(words);
+    WMHA_UNROLL
+    for (int r = 0; r < 16; ++r) {
+      if (first + r < count)
+        _mm512_mask_storeu_epi16(target + (first + r) * stride, Square::mask_of(features), words[r]);
+    }
+  }
+}
+
+/// Rounds factor * sums[row][feature], a square of them, and writes `count` rows of `features` features.
+inline void store_rows(
+    const float* sums,
+    int64_t count,
+    int64_t features,
+    float factor,
+    c10::BFloat16* target,
+    int64_t stride) {
+  const auto scaled = [&](const float* place) { return Vec<float>(factor) * Vec<float>::loadu(place); };
+  for (int64_t r = 0; r < count; ++r, sums += square, target += stride) {
+    const __m512i row = round_to<c10::BFloat16>(scaled(sums), scaled(sums + square_pairs));
+    _mm512_mask_storeu_epi16(target, Square::mask_of(features), row);
+  }
+}
+
+} // namespace wmha::cpu::CPU_CAPABILITY
