@@ -23,15 +23,12 @@ namespace wmha::cpu::CPU_CAPABILITY {
 constexpr int tile_rows = 2 * register_rows;
 constexpr int64_t left_rows_at_once = tile_rows; // a left operand must hold whole tiles of them
 
-/// A left operand that lies in rows, tile_rows of them, whatever the last ones hold. What two registers take lies
-/// register_stride apart.
+/// A left operand that lies in rows, tile_rows of them, whatever the last ones hold.
 template <typename M>
 struct LeftRows {
   RowMajor<const M> matrix;
-  int64_t register_stride;
 
-  LeftRows(RowMajor<const M> matrix, int64_t /*rows*/, int64_t register_stride = Multiplicand<M>::steps_at_once)
-      : matrix(matrix), register_stride(register_stride) {}
+  LeftRows(RowMajor<const M> matrix, int64_t /*rows*/) : matrix(matrix) {}
 };
 
 /// Adds a product of one step to the sums.
@@ -60,9 +57,8 @@ void multiply(
   constexpr int64_t vector = Vec<float>::size();
   for (int64_t column = begin * vector; column < end * vector; column += 2 * vector) {
     target.start(column);
-    RowMajor<const M> left_rows = left.matrix;
-    for (int64_t t = 0; t < depth; t += Multiplicand<M>::steps_at_once, left_rows.data += left.register_stride) {
-      multiply_add(left_rows, {right.row(t) + column, right.row_stride});
+    for (int64_t t = 0; t < depth; t += Multiplicand<M>::steps_at_once) {
+      multiply_add({left.matrix.data + t, left.matrix.row_stride}, {right.row(t) + column, right.row_stride});
     }
     target.finish(column);
   }

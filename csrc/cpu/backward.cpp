@@ -40,9 +40,9 @@ class BackwardBlock {
         packed_grad_output_(steps<M>(params.value_dim) * query_block),
         scores_(tile_rows * query_block),
         grad_weights_(tile_rows * query_block),
-        weights_(tile_rows * query_block),
-        grad_scores_(tile_rows * query_block),
-        grad_scores_by_query_(key_block * query_block),
+        weights_((key_block + tile_rows) * steps<M>(query_block)),
+        grad_scores_((key_block + tile_rows) * steps<M>(query_block)),
+        grad_scores_by_query_(terms == 1 ? 0 : (key_block + tile_rows) * query_block),
         query_left_(query_block * key_width_),
         query_right_(query_block * key_width_),
         grad_output_left_(query_block * value_width_),
@@ -89,6 +89,7 @@ class BackwardBlock {
         seeing = visibility.of_keys(group, seeing);
         const Range lanes = whole_columns<M>(seeing);
         const Range whole{first, first + whole_terms<M>(group.size())};
+        clear_outside(row, group.size(), lanes);
         multiply_group(left_keys, row, group.size(), params_.key_dim, packed_query_, lanes, scores_);
         multiply_group(left_values, row, group.size(), params_.value_dim, packed_grad_output_, lanes, grad_weights_);
         with_mask<Acc>(visibility, whole, lanes, [&](auto masked, Range lanes) {
@@ -98,10 +99,10 @@ class BackwardBlock {
               },
               params_.dropout.enabled(), transform.cap > 0);
         });
-        add_to_keys(seeing, weights_, right_grad_outputs, key_gradients.value_rows(first), value_width_);
-        add_to_keys(seeing, grad_scores_, right_queries, key_gradients.key_rows(first), key_width_);
       }
-      grad_query_.add(visibility, tile, grad_scores_by_query_, right_keys);
+      add_to_keys(visibility, tile, weights_, right_grad_outputs, key_gradients.value_rows(tile.begin), value_width_);
+      add_to_keys(visibility, tile, grad_scores_, right_queries, key_gradients.key_rows(tile.begin), key_width_);
+      grad_query_.add(visibility, tile, terms == 1 ? grad_scores_ : grad_scores_by_query_, right_keys);
     }
     grad_query_.store(
         block.size(), at<T>(params_.grad_query, batch, head, block.begin), params_.grad_query.position_stride);
@@ -165,8 +166,8 @@ class BackwardBlock {
     for (int64_t lane = lanes.begin; lane < lanes.end; lane += vector) {
       const Acc* const scores = scores_ + lane;
       const Acc* const grad_weights = grad_weights_ + lane;
-      M* const weights = weights_ + lane / terms;
-      M* const grad_scores_by_key = grad_scores_ + lane / terms;
+      M* const weights = weights_ + (first_row * count + lane) / terms;
+      M* const grad_scores_by_key = grad_scores_ + (first_row * count + lane) / terms;
       M* const grad_scores_by_query = grad_scores_by_query_ + first_row / terms * count + lane;
       const Vec<Acc> logsumexp = Vec<Acc>::loadu(logsumexp_ + lane);
       const Vec<Acc> delta = Vec<Acc>::loadu(delta_ + lane);
@@ -198,20 +199,44 @@ class BackwardBlock {
         // Rows of count / terms multiplicands.
         Multiplicand<M>::store_rows(value_weights, weights + step * count, count / terms);
         Multiplicand<M>::store_rows(grad_scores, grad_scores_by_key + step * count, count / terms);
-        Multiplicand<M>::store(grad_scores, grad_scores_by_query + step * count);
+        if constexpr (terms > 1) Multiplicand<M>::store(grad_scores, grad_scores_by_query + step * count);
       }
       temperature.store(temperature_ + lane);
     }
   }
 
-  /// sums[key] += sum over the queries of left[key][query] * right[query]. Rows of `sums` beyond the last key are
-  /// overwritten with anything.
-  void add_to_keys(Range queries, const M* left, RowMajor<const M> right, RowMajor<Acc> sums, int64_t width) {
-    const Range depth = steps<M>(queries);
-    const AddTo<Acc> target{sums};
-    multiply<M>(
-        0, width / vector, depth.size(), LeftRows<M>({left + depth.begin, lane_steps()}, tile_rows),
-        {right.row(depth.begin), right.row_stride}, target);
+  /// Of a group of keys, nobody but the queries in `lanes` sees any.
+  void clear_outside(int64_t first_row, int64_t keys, Range lanes) {
+    for (int64_t lane = 0; lane < lanes_; lane += vector) {
+      if (lanes.begin <= lane && lane < lanes.end) continue;
+      for (int64_t row = first_row; row < first_row + whole_terms<M>(keys); ++row) {
+        std::fill_n(weights_ + row * lane_steps() + lane / terms, vector / terms, M{});
+        std::fill_n(grad_scores_ + row * lane_steps() + lane / terms, vector / terms, M{});
+        if (terms > 1) std::fill_n(grad_scores_by_query_ + row / terms * lanes_ + lane, vector, M{});
+      }
+    }
+  }
+
+  /// sums[key] += sum over the queries of left[key][query] * right[query], for the tile's keys. Rows of `sums` beyond
+  /// the last key are overwritten with anything.
+  void add_to_keys(
+      const Visibility& visibility,
+      Range tile,
+      const M* left,
+      RowMajor<const M> right,
+      RowMajor<Acc> sums,
+      int64_t width) {
+    const int64_t rows = sum_rows(width / vector);
+    Range seeing{0, 0};
+    for (int64_t first = tile.begin; first < tile.end; first += rows) {
+      seeing = visibility.of_keys({first, std::min(first + rows, tile.end)}, seeing);
+      const Range depth = steps<M>(seeing);
+      const int64_t row = first - tile.begin;
+      multiply_sums<M>(
+          width / vector, depth.size(),
+          LeftRows<M>({left + row * lane_steps() + depth.begin, lane_steps()}, tile.end - first),
+          {right.row(depth.begin), right.row_stride}, AddTo<Acc>{{sums.row(row), sums.row_stride}});
+    }
   }
 
   int64_t lane_steps() const { return lanes_ / terms; }

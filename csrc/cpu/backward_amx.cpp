@@ -114,10 +114,12 @@ struct PackedRows {
 
   /// Rows that aren't used become zeros.
   void pack(int64_t slot, Rows<T> rows, Range used) {
-    for (int64_t d = 0; d < width; d += square) {
-      const RowMajor<M> columns = interleaved_of(slot);
-      pack_right(Square(rows, d, used), {columns.row(0) + d, width}, {transposed_of(slot).row(d / 2), square});
-    }
+    const RowMajor<M> in_rows = interleaved_of(slot);
+    const RowMajor<M> in_columns = transposed_of(slot);
+    for_squares(rows, used, [&](const Square& part, int64_t /*first*/, int64_t d) {
+      pack_interleaved(part, {in_rows.data + d, in_rows.row_stride});
+      pack_transposed(part, {in_columns.row(d / 2), in_columns.row_stride});
+    });
   }
 };
 

@@ -47,7 +47,7 @@ class ForwardBlock {
         packed_query_(steps<M>(params.key_dim) * most_lanes_),
         output_(params.value_dim, most_lanes_),
         products_(round_up(std::min(key_block, most_keys_), tile_rows) * most_lanes_),
-        weights_(steps<M>(std::min(key_block, most_keys_)) * most_lanes_),
+        weights_((steps<M>(std::min(key_block, most_keys_)) + 1) * most_lanes_),
         query_rows_(most_lanes_ * left_width<M>(params.key_dim)),
         keys_(params.key_dim, most_keys_, params.keys()),
         values_(params.value_dim, most_keys_, params.keys()) {}
@@ -119,6 +119,7 @@ class ForwardBlock {
       if (!all_see) {
         const Range by_one = visibility.of_queries(lane, lane + vector, tile);
         range = steps<M>(Range{by_one.begin - tile.begin, by_one.end - tile.begin});
+        clear_outside(range, steps<M>(tile.size()), lane);
         if (range.size() == 0) continue;
         const Range by_all = visibility.of_all_queries(lane, lane + vector, tile);
         whole.begin = std::clamp(ceil_div(by_all.begin - tile.begin, terms), range.begin, range.end);
@@ -172,6 +173,14 @@ class ForwardBlock {
     }
   }
 
+  /// Of all `steps`, a vector of queries sees no keys but in `range`.
+  void clear_outside(Range range, int64_t steps, int64_t lane) {
+    const int64_t row_stride = lanes_;
+    const auto clear = [&](int64_t step) { std::fill_n(weights_ + step * row_stride + lane, vector, M{}); };
+    for (int64_t step = 0; step < range.begin; ++step) clear(step);
+    for (int64_t step = range.end; step < steps; ++step) clear(step);
+  }
+
   /// Of a vector of queries, those for which a tile's sum of weights is too large, or is the first and too small.
   Vec<Acc> far_from_reference(Vec<Acc> sum, int64_t lane) const {
     const Vec<Acc> is_first = Vec<Acc>::loadu(sum_ + lane) == Vec<Acc>(Acc(0));
@@ -211,15 +220,15 @@ class ForwardBlock {
   Buffer<M> packed_query_; // [steps(key_dim)][lanes]
   QuerySums<T> output_;
   Buffer<Acc> products_; // [tile][lanes]
-  Buffer<M> weights_;    // [steps(tile)][lanes]
+  Buffer<M> weights_;    // [steps(tile) + 1][lanes]
   Buffer<M> query_rows_; // [lanes][left_width(key_dim)]
   PackedKeys<T, LeftForm<T>> keys_;
   PackedKeys<T, RightForm<T>> values_;
   int64_t lanes_ = 0; // queries of this block, in whole vectors
   alignas(64) Acc reference_[query_block];
   Acc sum_[query_block];
-  Acc rescale_[query_block]; // factors for the outputs, before the tile's share is added
-  bool rescales_ = false;    // one of them isn't 1
+  Acc rescale_[query_block + tile_rows]; // factors for the outputs, before the tile's share is added
+  bool rescales_ = false;                // one of them isn't 1
   Acc logsumexp_[query_block];
 };
 

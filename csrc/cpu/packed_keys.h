@@ -10,6 +10,9 @@
 
 #include "rows.h"
 #include "scores.h"
+#if defined(CPU_CAPABILITY_AMX)
+#include "squares.h"
+#endif
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
@@ -29,9 +32,11 @@ struct LeftForm {
   static RowMajor<const M> pack(Rows<T> rows, Range /*used*/, M* packed) { return left_rows<M>(rows, packed); }
 };
 
-/// What the right operands have in common.
+/// What the right operands have in common: `steps_at_once` steps are packed together.
 template <typename T>
 struct RightOperandForm {
+  using M = multiplicand_type<T>;
+  static constexpr int64_t group = Multiplicand<M>::terms * Multiplicand<M>::steps_at_once;
   static constexpr int64_t overread = 0;
 
   static bool is_in_place(Rows<T> /*rows*/) { return false; }
@@ -41,12 +46,20 @@ struct RightOperandForm {
 template <typename T>
 struct RightRowsForm : RightOperandForm<T> {
   using M = multiplicand_type<T>;
-  static constexpr int64_t group_steps = Multiplicand<M>::steps_at_once;
-  static constexpr int64_t group = Multiplicand<M>::terms * group_steps;
 
-  static int64_t group_size(int64_t dim) { return whole_columns<M>(dim) * group_steps; }
+  static int64_t group_size(int64_t dim) { return whole_columns<M>(dim) * Multiplicand<M>::steps_at_once; }
   static int64_t row_stride(int64_t dim) { return whole_columns<M>(dim); }
+#if defined(CPU_CAPABILITY_AMX)
+  static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) {
+    const int64_t width = whole_columns<M>(rows.dim);
+    for_squares(rows, used, [&](const Square& keys, int64_t first, int64_t d) {
+      pack_interleaved(keys, {packed + first / 2 * width + d, width});
+    });
+    return {packed, width};
+  }
+#else
   static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) { return right_rows<M>(rows, used, packed); }
+#endif
 
   /// The first keys become zeros.
   static void clear(int64_t keys, int64_t dim, M* packed) {
@@ -57,30 +70,22 @@ struct RightRowsForm : RightOperandForm<T> {
   }
 };
 
+#if defined(CPU_CAPABILITY_AMX)
 /// The right operand of Q K^T: [groups][steps(dim)][group].
 template <typename T>
 struct RightTransposedForm : RightOperandForm<T> {
   using M = multiplicand_type<T>;
-  static constexpr int64_t group = Multiplicand<M>::columns;
 
-  static int64_t group_size(int64_t dim) { return steps<M>(dim) * group; }
-  static int64_t row_stride(int64_t /*dim*/) { return group; }
+  static int64_t group_size(int64_t dim) { return steps<M>(dim) * square; }
+  static int64_t row_stride(int64_t /*dim*/) { return square; }
   static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) {
-    constexpr int64_t depth = Multiplicand<M>::steps_at_once;
-    alignas(64) M scratch[group * depth];
-    for (int64_t first = 0; first < rows.count; first += group) {
-      M* const to = packed + first / group * group_size(rows.dim);
-      const Range keys{std::max(first, used.begin), std::min(first + group, used.end)};
-      if (keys.size() < group) std::fill_n(to, group_size(rows.dim), M{});
-      for (int64_t d = 0; d < rows.dim; d += whole_terms<M>(1)) {
-        const int64_t dim = std::min(whole_terms<M>(1), rows.dim - d);
-        const auto part = left_rows<M>(Rows<T>{rows.row(keys.begin) + d, rows.stride, keys.size(), dim}, scratch);
-        transpose<M>(part, keys.size(), depth, {to + d / Multiplicand<M>::terms * group + keys.begin - first, group});
-      }
-    }
-    return {packed, group};
+    for_squares(rows, used, [&](const Square& keys, int64_t first, int64_t d) {
+      pack_transposed(keys, {packed + first / square * group_size(rows.dim) + d / 2 * square, square});
+    });
+    return {packed, square};
   }
 };
+#endif
 
 template <typename T>
 using RightForm = std::conditional_t<Multiplicand<multiplicand_type<T>>::terms == 1, LeftForm<T>, RightRowsForm<T>>;

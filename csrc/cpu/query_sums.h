@@ -28,17 +28,17 @@ struct ScaleAndAddTo {
   RowMajor<Acc> sum;
   const Acc* factors;
 
-  template <int C>
-  void start(int64_t vector, Tile<Acc, C>& tile) const {
+  template <int R, int C>
+  void start(int64_t vector, Tile<Acc, R, C>& tile) const {
     load_tile<Acc>({sum.data, sum.row_stride}, vector, tile);
     WMHA_UNROLL
-    for (int r = 0; r < tile_rows; ++r) {
+    for (int r = 0; r < R; ++r) {
       WMHA_UNROLL
       for (int c = 0; c < C; ++c) tile[r][c] = tile[r][c] * Vec<Acc>(factors[r]);
     }
   }
-  template <int C>
-  void finish(int64_t vector, Tile<Acc, C>& tile) const {
+  template <int R, int C>
+  void finish(int64_t vector, Tile<Acc, R, C>& tile) const {
     store_tile<Acc>(tile, sum, vector);
   }
 };
@@ -49,7 +49,8 @@ class QuerySums {
   using Acc = acc_type<T>;
 
  public:
-  QuerySums(int64_t dim, int64_t most_lanes) : dim_(dim), width_(whole_columns<M>(dim)), sums_(most_lanes * width_) {}
+  QuerySums(int64_t dim, int64_t most_lanes)
+      : dim_(dim), width_(whole_columns<M>(dim)), sums_((most_lanes + tile_rows) * width_) {}
 
   /// All sums become 0. The columns of `left` are `lanes`, whole tiles.
   void start(int64_t lanes) {
@@ -65,17 +66,18 @@ class QuerySums {
       const M* left,
       RowMajor<const M> right,
       const Acc* factors = nullptr) {
-    for (int64_t lane = 0; lane < lanes_; lane += tile_rows) {
-      const Range seen = visibility.of_queries(lane, lane + tile_rows, tile);
+    const int64_t vectors = width_ / Vec<Acc>::size();
+    const int64_t rows = sum_rows(vectors);
+    for (int64_t lane = 0; lane < lanes_; lane += rows) {
+      const Range seen = visibility.of_queries(lane, lane + rows, tile);
       const Range depth = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
       const LeftColumns<M> columns{left + depth.begin * lanes_ + lane, lanes_};
-      const RowMajor<const M> rows{right.row(depth.begin), right.row_stride};
+      const RowMajor<const M> seen_right{right.row(depth.begin), right.row_stride};
       const RowMajor<Acc> sums{sums_ + lane * width_, width_};
       if (factors != nullptr) {
-        multiply<M>(
-            0, width_ / Vec<Acc>::size(), depth.size(), columns, rows, ScaleAndAddTo<Acc>{sums, factors + lane});
+        multiply_sums<M>(vectors, depth.size(), columns, seen_right, ScaleAndAddTo<Acc>{sums, factors + lane});
       } else {
-        multiply<M>(0, width_ / Vec<Acc>::size(), depth.size(), columns, rows, AddTo<Acc>{sums});
+        multiply_sums<M>(vectors, depth.size(), columns, seen_right, AddTo<Acc>{sums});
       }
     }
   }

@@ -66,20 +66,32 @@ class Square {
   __mmask32 features_;
 };
 
-/// The square as two right operands: pairs of rows, interleaved[r / 2][feature], and pairs of features,
-/// transposed[feature / 2][r].
-inline void pack_right(const Square& rows, RowMajor<BFloat16Pair> interleaved, RowMajor<BFloat16Pair> transposed) {
+/// function(square, first_row, first_feature) for the squares that make up some rows.
+template <typename Function>
+void for_squares(Rows<c10::BFloat16> rows, Range used, const Function& function) {
+  for (int64_t first = 0; first < rows.count; first += square) {
+    const Rows<c10::BFloat16> part{rows.row(first), rows.stride, std::min(square, rows.count - first), rows.dim};
+    const Range used_part{std::max(used.begin - first, int64_t{0}), std::min(used.end - first, part.count)};
+    for (int64_t d = 0; d < rows.dim; d += square) function(Square(part, d, used_part), first, d);
+  }
+}
+
+/// The square as a right operand, pairs of rows: interleaved[r / 2][feature].
+inline void pack_interleaved(const Square& rows, RowMajor<BFloat16Pair> interleaved) {
+  WMHA_UNROLL
+  for (int64_t pair = 0; pair < square_pairs; ++pair) {
+    const auto [low, high] = interleave(rows[2 * pair], rows[2 * pair + 1]);
+    _mm512_storeu_si512(interleaved.row(pair), low);
+    _mm512_storeu_si512(interleaved.row(pair) + square_pairs, high);
+  }
+}
+
+/// The square as a right operand, pairs of features: transposed[feature / 2][r].
+inline void pack_transposed(const Square& rows, RowMajor<BFloat16Pair> transposed) {
   for (int64_t first = 0; first < square; first += square_pairs) {
     Registers words;
     WMHA_UNROLL
     for (int r = 0; r < 16; ++r) words[r] = rows[first + r];
-    WMHA_UNROLL
-    for (int r = 0; r < 16; r += 2) {
-      const auto [low, high] = interleave(words[r], words[r + 1]);
-      BFloat16Pair* const to = interleaved.row((first + r) / 2);
-      _mm512_storeu_si512(to, low);
-      _mm512_storeu_si512(to + square_pairs, high);
-    }
     transpose(words);
     WMHA_UNROLL
     for (int c = 0; c < 16; ++c) _mm512_storeu_si512(transposed.row(c) + first, words[c]);
@@ -91,7 +103,7 @@ inline void pack_left_columns(const Square& rows, BFloat16Pair* packed) {
   Registers low;
   Registers high;
   WMHA_UNROLL
-  for (int pair = 0; pair < 16; ++pair) {
+  for (int64_t pair = 0; pair < 16; ++pair) {
     const auto [first, second] = interleave(rows[2 * pair], rows[2 * pair + 1]);
     low[pair] = first;
     high[pair] = second;
@@ -110,13 +122,13 @@ inline void store_columns(const float* sums, int64_t count, int64_t features, c1
   for (int64_t first = 0; first < count; first += square_pairs) {
     Registers words;
     WMHA_UNROLL
-    for (int pair = 0; pair < 16; ++pair) {
+    for (int64_t pair = 0; pair < 16; ++pair) {
       const float* const place = sums + 2 * pair * square + first;
       words[pair] = Multiplicand<BFloat16Pair>::round({Vec<float>::loadu(place), Vec<float>::loadu(place + square)});
     }
     transpose(words);
     WMHA_UNROLL
-    for (int r = 0; r < 16; ++r) {
+    for (int64_t r = 0; r < 16; ++r) {
       if (first + r < count)
         _mm512_mask_storeu_epi16(target + (first + r) * stride, Square::mask_of(features), words[r]);
     }
