@@ -96,13 +96,20 @@ inline at::vec::Vectorized<double> load_as_acc(const double* source) {
   return at::vec::Vectorized<double>::loadu(source);
 }
 
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+/// The first `count` of 32, all of them if there are more.
+inline __mmask32 first_of_32(int64_t count) {
+  return static_cast<__mmask32>((uint64_t{1} << std::min<int64_t>(count, 32)) - 1);
+}
+#endif
+
 /// Sums up to the product of two rows.
 template <typename T>
 Vec<acc_type<T>> multiply_rows(const T* left, const T* right, int64_t dim) {
 #if defined(CPU_CAPABILITY_AVX512_BF16)
   Vec<float> products(0.0f);
   for (int64_t d = 0; d < dim; d += 32) {
-    const auto mask = static_cast<__mmask32>((uint64_t{1} << std::min<int64_t>(dim - d, 32)) - 1);
+    const __mmask32 mask = first_of_32(dim - d);
     const auto load = [&](const T* row) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, row + d); };
     products = _mm512_dpbf16_ps(products, load(left), load(right));
   }
@@ -154,7 +161,7 @@ inline void interleave(
     int64_t count,
     int64_t width,
     BFloat16Pair* pairs) {
-  const auto mask = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+  const __mmask32 mask = first_of_32(count);
   const auto load = [&](const c10::BFloat16* row) {
     return row == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, row);
   };

@@ -47,16 +47,11 @@ inline void transpose(Registers& rows) {
 class Square {
  public:
   Square(Rows<c10::BFloat16> rows, int64_t first, Range used)
-      : data_(rows.data + first), stride_(rows.stride), used_(used), features_(mask_of(rows.dim - first)) {}
+      : data_(rows.data + first), stride_(rows.stride), used_(used), features_(first_of_32(rows.dim - first)) {}
 
   __m512i operator[](int64_t r) const {
     if (r < used_.begin || used_.end <= r) return _mm512_setzero_si512();
     return _mm512_maskz_loadu_epi16(features_, data_ + r * stride_);
-  }
-
-  /// So many of the features, and the first ones.
-  static __mmask32 mask_of(int64_t features) {
-    return static_cast<__mmask32>((uint64_t{1} << std::min(features, square)) - 1);
   }
 
  private:
@@ -129,8 +124,7 @@ inline void store_columns(const float* sums, int64_t count, int64_t features, c1
     transpose(words);
     WMHA_UNROLL
     for (int64_t r = 0; r < 16; ++r) {
-      if (first + r < count)
-        _mm512_mask_storeu_epi16(target + (first + r) * stride, Square::mask_of(features), words[r]);
+      if (first + r < count) _mm512_mask_storeu_epi16(target + (first + r) * stride, first_of_32(features), words[r]);
     }
   }
 }
@@ -146,7 +140,7 @@ inline void store_rows(
   const auto scaled = [&](const float* place) { return Vec<float>(factor) * Vec<float>::loadu(place); };
   for (int64_t r = 0; r < count; ++r, sums += square, target += stride) {
     const __m512i row = round_to<c10::BFloat16>(scaled(sums), scaled(sums + square_pairs));
-    _mm512_mask_storeu_epi16(target, Square::mask_of(features), row);
+    _mm512_mask_storeu_epi16(target, first_of_32(features), row);
   }
 }
 
