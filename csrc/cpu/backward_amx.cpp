@@ -12,7 +12,6 @@
 //
 // So sums stay in registers, and what is packed for a tile of queries serves the whole column. Only where windows are
 // too wide for the second cache, columns are done in parts, and rows too: the queries are cut into blocks.
-#include <utility>
 #include <vector>
 
 #include "dropout.h"
@@ -96,15 +95,13 @@ struct QueryTile {
 
 /// Rows of the queries in sight as right operands.
 struct PackedRows {
-  InputView view;
   int64_t dim;
   int64_t width;
   Buffer<M> interleaved; // [slots][square_pairs][width]
   Buffer<M> transposed;  // [slots][width / 2][square]
 
-  PackedRows(const InputView& view, int64_t dim, int64_t slots)
-      : view(view),
-        dim(dim),
+  PackedRows(int64_t dim, int64_t slots)
+      : dim(dim),
         width(whole_columns<M>(dim)),
         interleaved(slots * square_pairs * width),
         transposed(slots * square_pairs * width) {}
@@ -151,8 +148,8 @@ class Backward {
         extent_(params, schedule),
         temperature_(extent_.heads),
         query_tiles_(extent_.heads * extent_.slots),
-        queries_(params.query, params.key_dim, query_tiles_.size()),
-        grad_outputs_(params.grad_output, params.value_dim, query_tiles_.size()),
+        queries_(params.key_dim, query_tiles_.size()),
+        grad_outputs_(params.value_dim, query_tiles_.size()),
         grad_key_(params.grad_key, 1.0f, 0, queries_, extent_),
         grad_value_(
             params.grad_value,

@@ -70,7 +70,7 @@ class ForwardBlock {
       const auto key_rows = keys_.of(params_.key, batch, params_.kv_head(head), tile, keys);
       const TileMask<Acc> mask(visibility, tile);
       multiply_tile(key_rows, visibility, tile, ahead);
-      std::fill_n(rescale_, lanes_, Acc(1));
+      std::fill(rescale_, std::end(rescale_), Acc(1));
       rescales_ = false;
       with_flags(
           [&](auto drops, auto capped) {

@@ -52,14 +52,14 @@ class QuerySums {
   QuerySums(int64_t dim, int64_t most_lanes)
       : dim_(dim), width_(whole_columns<M>(dim)), sums_((most_lanes + tile_rows) * width_) {}
 
-  /// All sums become 0. The columns of `left` are `lanes`, whole tiles.
+  /// All sums become 0. The columns of `left` are `lanes`.
   void start(int64_t lanes) {
     lanes_ = lanes;
-    std::fill_n(sums_.data(), lanes * width_, Acc(0));
+    std::fill_n(sums_.data(), (lanes + tile_rows) * width_, Acc(0));
   }
 
   /// sum = factors * sum + left^T right, where factors are one for each query, if any. left: [steps(tile)][lanes],
-  /// right: the tile's keys in RightForm.
+  /// right: the tile's keys in RightForm. Of left and factors, up to tile_rows elements behind the last are read, too.
   void add(
       const Visibility& visibility,
       Range tile,
@@ -92,7 +92,7 @@ class QuerySums {
  private:
   const int64_t dim_;
   const int64_t width_;
-  Buffer<Acc> sums_; // [lanes][width]
+  Buffer<Acc> sums_; // [lanes + tile_rows][width]
   int64_t lanes_ = 0;
 };
 
