@@ -78,23 +78,6 @@ struct Window {
     return {first < last ? first : last, last};
   }
 
-  /// queries_of_key[i] = queries_of({keys.begin + i, keys.begin + i + 1}, count), in a few instructions each.
-  [[gnu::always_inline]] constexpr void queries_of_each(Range keys, int64_t count, Range* queries_of_key) const {
-    if (is_far(offset)) {
-      for (int64_t i = 0; i < keys.size(); ++i) {
-        queries_of_key[i] = queries_of({keys.begin + i, keys.begin + i + 1}, count);
-      }
-      return;
-    }
-    const int64_t first = right < 0 ? -far : hold(saturating_add(keys.begin - right, -offset));
-    const int64_t last = left < 0 ? far : hold(saturating_add(saturating_add(keys.begin, left), -offset)) + 1;
-    for (int64_t i = 0; i < keys.size(); ++i) {
-      const int64_t end = clip(last + i, count);
-      const int64_t begin = clip(first + i, count);
-      queries_of_key[i] = {begin < end ? begin : end, end};
-    }
-  }
-
  private:
   /// The first of the queries [0, count) whose keys pass a test that all after it pass, too; else count.
   template <typename Test>

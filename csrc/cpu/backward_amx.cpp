@@ -86,11 +86,19 @@ struct QueryTile {
   int64_t head; // of those that share keys
   int64_t slot;
   Range queries;
-  Range key_tiles;                       // that it sees
-  Range waiting;                         // of them, those whose dS^T wait
+  Range seeing;                          // of them, counted from the first, those that see a key
+  Range keys;                            // query i of those sees the keys [keys.begin + i, keys.end + i) that exist
+  Range key_tiles;                       // that they see
+  Range waiting;                         // of these, those whose dS^T wait
   alignas(64) float logsumexp[square];   // times log2 e
   alignas(64) float delta[square];       // times the factor of dS
   alignas(64) float temperature[square]; // sums of dz * z * log2 e, times the factor of dS
+
+  /// One bit for each query that sees a key, which exists.
+  uint64_t seeing_key(int64_t key) const {
+    const auto place = [&](int64_t query) { return std::clamp(query, seeing.begin, seeing.end); };
+    return (uint64_t{1} << place(key - keys.begin + 1)) - (uint64_t{1} << place(key - keys.end + 1));
+  }
 };
 
 /// Rows of the queries in sight as right operands.
@@ -190,14 +198,11 @@ class Backward {
   /// A tile of keys, and who sees it.
   struct KeyTile {
     int64_t number;
-    int64_t first;            // key, which may not exist
-    Range keys;               // that the chunk sees
-    Range query_tiles;        // of the block that see at least one
-    bool is_new;              // no earlier block has added to its gradients
-    bool is_last;             // no later block will
-    Range queries_of[square]; // that see each key
-
-    bool is_whole() const { return keys.size() == square; }
+    int64_t first;     // key, which may not exist
+    Range keys;        // that the chunk sees
+    Range query_tiles; // of the block that see at least one
+    bool is_new;       // no earlier block has added to its gradients
+    bool is_last;      // no later block will
   };
 
   int64_t head_of(int64_t head) const { return kv_head_ * extent_.heads + head; }
@@ -214,57 +219,57 @@ class Backward {
   /// Keys from tile `kept` on are seen by later blocks, too.
   void run_block(Range block, Range key_tiles, int64_t kept) {
     int64_t next = block.begin / square; // query tile
-    const auto open_until = [&](int64_t end) {
-      for (; next < end; ++next) {
+    const auto open_while = [&](const auto& test) {
+      for (; next < ceil_div(block.end, square) && test(key_tiles_of(next)); ++next) {
         for (int64_t head = 0; head < extent_.heads; ++head) open(head, next);
       }
     };
+    open_while([](Range seen) { return seen.size() == 0; });
+    int64_t oldest = next;
     const Range chunk_keys = schedule_.keys_of(chunk_);
     for (int64_t number = key_tiles.begin; number < key_tiles.end; ++number) {
+      open_while([&](Range seen) { return seen.size() > 0 && seen.begin <= number; });
+      while (key_tiles_of(oldest).end <= number) ++oldest;
       const Range all = key_tiles_.keys_of(number);
-      KeyTile row;
-      row.number = number;
-      row.first = all.begin;
-      row.is_new = number >= summed_;
-      row.is_last = number < kept;
-      row.keys = {std::max(all.begin, chunk_keys.begin), std::min(all.end, chunk_keys.end)};
-      const Range seeing = params_.window.queries_of(row.keys, params_.queries);
-      row.query_tiles = {
-          std::max(seeing.begin, block.begin) / square, ceil_div(std::min(seeing.end, block.end), square)};
-      std::fill_n(row.queries_of, square, Range{0, 0});
-      params_.window.queries_of_each(row.keys, params_.queries, row.queries_of + (row.keys.begin - row.first));
-      open_until(row.query_tiles.end);
-      run_row(row);
+      const Range keys{std::max(all.begin, chunk_keys.begin), std::min(all.end, chunk_keys.end)};
+      run_row({number, all.begin, keys, {oldest, next}, number >= summed_, number < kept});
     }
-    open_until(ceil_div(block.end, square));
+    open_while([](Range) { return true; }); // the rest sees nothing
   }
+
+  Range queries_of(int64_t query_tile) const {
+    return {query_tile * square, std::min((query_tile + 1) * square, params_.queries)};
+  }
+  Range key_tiles_of(int64_t query_tile) const { return key_tiles_.of(params_.window.keys_of(queries_of(query_tile))); }
 
   /// Packs what belongs to a tile of queries.
   void open(int64_t head, int64_t number) {
     QueryTile& tile = query_tiles_[slot_of(head, number)];
-    const Range queries{number * square, std::min((number + 1) * square, params_.queries)};
-    const Range key_tiles = key_tiles_.of(params_.window.keys_of(queries));
+    const Range queries = queries_of(number);
     tile.head = head;
     tile.slot = slot_of(head, number);
     tile.queries = queries;
-    tile.key_tiles = key_tiles;
-    tile.waiting = {key_tiles.begin, key_tiles.begin};
+    tile.key_tiles = key_tiles_of(number);
+    tile.waiting = {tile.key_tiles.begin, tile.key_tiles.begin};
     std::fill_n(tile.temperature, square, 0.0f);
-    if (key_tiles.size() == 0) { // they see nothing
+    if (tile.key_tiles.size() == 0) { // they see nothing
       for (int64_t i = queries.begin; i < queries.end; ++i) {
         std::fill_n(at<T>(params_.grad_query, batch_, head_of(head), i), params_.key_dim, T(0));
       }
       return;
     }
-    const Range seeing = params_.window.queries_of({0, params_.keys()}, params_.queries);
-    const Range used{
-        std::max(seeing.begin - queries.begin, int64_t{0}), std::min(seeing.end, queries.end) - queries.begin};
+    const auto keys_of = [&](int64_t i) { return params_.window.keys_of(queries.begin + i); };
+    tile.seeing = {0, queries.size()};
+    while (keys_of(tile.seeing.begin).size() == 0) ++tile.seeing.begin;
+    while (keys_of(tile.seeing.end - 1).size() == 0) --tile.seeing.end;
+    const int64_t last = tile.seeing.end - 1;
+    tile.keys = {keys_of(last).begin - last, keys_of(tile.seeing.begin).end - tile.seeing.begin};
     const auto rows = [&](const auto& view, int64_t dim) {
       return rows_of<T>(view, batch_, head_of(head), queries, dim);
     };
     const Rows<T> grad_outputs = rows(params_.grad_output, params_.value_dim);
-    queries_.pack(tile.slot, rows(params_.query, params_.key_dim), used);
-    grad_outputs_.pack(tile.slot, grad_outputs, used);
+    queries_.pack(tile.slot, rows(params_.query, params_.key_dim), tile.seeing);
+    grad_outputs_.pack(tile.slot, grad_outputs, tile.seeing);
     load_statistics(grad_outputs, rows(params_.output, params_.value_dim), tile);
   }
 
@@ -299,8 +304,8 @@ class Backward {
         QueryTile& tile = query_tiles_[slot_of(head, t)];
         multiply_square(keys, queries_, tile.slot, scores_);
         multiply_square(values, grad_outputs_, tile.slot, grad_weights_);
-        const bool all_see = row.is_whole() && row.queries_of[0].end >= tile.queries.begin + square &&
-                             row.queries_of[square - 1].begin <= tile.queries.begin;
+        constexpr uint64_t all = (uint64_t{1} << square) - 1;
+        const bool all_see = seeing_row(tile, row, 0) == all && seeing_row(tile, row, square - 1) == all;
         with_flags(
             [&](auto masked, auto drops, auto capped, auto tempered) {
               differentiate_scores<masked, drops, capped, tempered>(row, place, tile, ahead);
@@ -371,13 +376,13 @@ class Backward {
       __m512i grad_scores_of[2];
       WMHA_UNROLL
       for (int64_t r = pair; r < pair + 2; ++r) {
-        const uint64_t seen = masked ? mask_of(row.queries_of[r], tile.queries) : 0;
+        const uint64_t seeing = masked ? seeing_row(tile, row, r) : 0;
         Vec<float> weights[2];
         Vec<float> grad_scores[2];
         WMHA_UNROLL
         for (int64_t half = 0; half < 2; ++half) {
           const int64_t i = r * square + half * vector;
-          const Seen<float> lanes{static_cast<__mmask16>(seen >> half * vector)};
+          const Seen<float> lanes{static_cast<__mmask16>(seeing >> half * vector)};
           const auto if_seen = [&](Vec<float> x) { return masked ? lanes.select(x, Vec<float>(0.0f)) : x; };
           const Vec<float> z = transform.template score<capped>(Vec<float>::loadu(scores_ + i));
           const Vec<float> weight = if_seen(exp2(z - logsumexp[half]));
@@ -409,10 +414,10 @@ class Backward {
     return {params_, batch_ * params_.heads + head_of(tile.head)};
   }
 
-  /// One bit for each query of a tile, set for those in `seeing`.
-  static uint64_t mask_of(Range seeing, Range queries) {
-    const auto place = [&](int64_t query) { return std::clamp<int64_t>(query - queries.begin, 0, queries.size()); };
-    return (uint64_t{1} << place(seeing.end)) - (uint64_t{1} << place(seeing.begin));
+  /// One bit for each query that sees a row's key, which may not exist.
+  static uint64_t seeing_row(const QueryTile& tile, const KeyTile& row, int64_t r) {
+    const int64_t key = row.first + r;
+    return row.keys.begin <= key && key < row.keys.end ? tile.seeing_key(key) : 0;
   }
 
   /// The share of a row in a gradient of its keys.

@@ -137,23 +137,6 @@ TEST(Window, FindsTheQueriesThatSeeAnyOfSomeKeys) {
   }
 }
 
-TEST(Window, FindsTheQueriesOfEachKeyAlike) {
-  constexpr int64_t queries = 7, keys = 6;
-  for (const int64_t left : {int64_t{-1}, int64_t{0}, int64_t{2}, int64_t{9}, largest}) {
-    for (const int64_t right : {int64_t{-1}, int64_t{0}, int64_t{1}, int64_t{9}, largest}) {
-      for (const int64_t offset : {smallest, -largest / 2, int64_t{-8}, int64_t{-1}, int64_t{0}, int64_t{5}, largest}) {
-        const Window window{left, right, offset, keys};
-        Range each[keys - 1];
-        window.queries_of_each({1, keys}, queries, each);
-        for (int64_t key = 1; key < keys; ++key) {
-          EXPECT_TRUE(equal(each[key - 1], window.queries_of({key, key + 1}, queries)))
-              << "key " << key << ", window (" << left << ", " << right << "), offset " << offset;
-        }
-      }
-    }
-  }
-}
-
 TEST(Window, OfSeveralQueriesIsTheUnionOfTheirs) {
   for (int64_t left = -1; left <= 4; ++left) {
     for (int64_t right = -1; right <= 4; ++right) {
