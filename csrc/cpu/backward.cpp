@@ -11,12 +11,12 @@
 
 #include "dropout.h"
 #include "key_gradients.h"
-#include "lanes.h"
 #include "look_ahead.h"
 #include "passes.h"
 #include "query_sums.h"
 #include "rows.h"
 #include "scores.h"
+#include "statistics.h"
 #include "tiles.h"
 
 namespace wmha::cpu::CPU_CAPABILITY {
@@ -67,7 +67,9 @@ class BackwardBlock {
     const auto right_queries = terms == 1 ? left_queries : right_rows<M>(queries, used, query_right_);
     const auto right_grad_outputs =
         terms == 1 ? left_grad_outputs : right_rows<M>(grad_outputs, used, grad_output_right_);
-    load_statistics(batch, head, block);
+    load_statistics<T>(params_, batch, head, block, logsumexp_, delta_);
+    std::fill(logsumexp_ + block.size(), logsumexp_ + lanes_, infinity); // hence weight 0
+    std::fill(delta_ + block.size(), delta_ + lanes_, Acc(0));
     grad_query_.start(lanes_);
     std::fill_n(temperature_, lanes_, Acc(0));
 
@@ -112,29 +114,6 @@ class BackwardBlock {
   }
 
  private:
-  /// logsumexp_ (times log2 e) and delta_ of the block. Lanes beyond the last query get lse = inf, hence weight 0.
-  void load_statistics(int64_t batch, int64_t head, Range block) {
-    const int64_t first = (batch * params_.heads + head) * params_.queries + block.begin;
-    const auto logsumexp = static_cast<const Acc*>(params_.logsumexp) + first;
-    const auto grad_logsumexp = static_cast<const Acc*>(params_.grad_logsumexp);
-    const auto outputs = rows_of<T>(params_.output, batch, head, block, params_.value_dim);
-    const auto grad_outputs = rows_of<T>(params_.grad_output, batch, head, block, params_.value_dim);
-    for (int64_t lane = 0; lane < block.size(); lane += vector) {
-      Vec<Acc> products[vector];
-      for (int64_t i = 0; i < vector; ++i) {
-        const int64_t row = std::min(lane + i, block.size() - 1);
-        products[i] = multiply_rows(grad_outputs.row(row), outputs.row(row), params_.value_dim);
-      }
-      sum_each(products).store(delta_ + lane);
-    }
-    for (int64_t i = 0; i < block.size(); ++i) {
-      if (grad_logsumexp != nullptr) delta_[i] -= grad_logsumexp[first + i];
-      logsumexp_[i] = logsumexp[i] * static_cast<Acc>(log2_of_e);
-    }
-    std::fill(logsumexp_ + block.size(), logsumexp_ + lanes_, infinity);
-    std::fill(delta_ + block.size(), delta_ + lanes_, Acc(0));
-  }
-
   /// products[key][lane] = <row, packed column> for a group of keys and the lanes given.
   void multiply_group(
       RowMajor<const M> rows,
@@ -205,7 +184,7 @@ class BackwardBlock {
     }
   }
 
-  /// Of a group of keys, nobody but the queries in `lanes` sees any.
+  /// What belongs to a group of keys becomes 0 for the queries outside `lanes`, none of which sees any of them.
   void clear_outside(int64_t first_row, int64_t keys, Range lanes) {
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
       if (lanes.begin <= lane && lane < lanes.end) continue;
@@ -251,10 +230,10 @@ class BackwardBlock {
   // Of a group of keys:
   Buffer<Acc> scores_;       // [tile_rows][query_block], products
   Buffer<Acc> grad_weights_; // [tile_rows][query_block]
-  Buffer<M> weights_;        // [tile_rows][steps(lanes)]
-  Buffer<M> grad_scores_;    // [tile_rows][steps(lanes)]
-  // Of a tile of keys:
-  Buffer<M> grad_scores_by_query_; // [steps(key_block)][lanes]
+  // Of a tile of keys, and as many as a product reads behind it:
+  Buffer<M> weights_;              // [key_block + tile_rows][steps(lanes)]
+  Buffer<M> grad_scores_;          // [key_block + tile_rows][steps(lanes)]
+  Buffer<M> grad_scores_by_query_; // [steps(key_block + tile_rows)][lanes], unless it is the same
   // Rows of tensors, where they can't be read in place:
   Buffer<M> query_left_;        // [query_block][key_width]
   Buffer<M> query_right_;       // [query_block][key_width]
@@ -308,11 +287,9 @@ void backward(const AttentionParams& params, const BackwardSchedule& schedule, v
     using T = decltype(type);
     BackwardBlock<T> block(params);
     KeyGradients<T> key_gradients(params, schedule, static_cast<acc_type<T>*>(workspace));
-    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
-      for (int64_t task = run.begin; task < run.end; ++task) {
-        run_chunk(params, schedule, task / schedule.chunks, task % schedule.chunks, block, key_gradients);
-      }
-    }
+    tasks.for_each([&](int64_t task) {
+      run_chunk(params, schedule, task / schedule.chunks, task % schedule.chunks, block, key_gradients);
+    });
   });
 }
 

@@ -15,12 +15,12 @@
 #include <vector>
 
 #include "dropout.h"
-#include "lanes.h"
 #include "look_ahead.h"
 #include "passes.h"
 #include "rows.h"
 #include "scores.h"
 #include "squares.h"
+#include "statistics.h"
 #include "tiles.h"
 
 namespace wmha::cpu::CPU_CAPABILITY {
@@ -179,6 +179,8 @@ class Backward {
     batch_ = batch_kv_head / params_.kv_heads;
     kv_head_ = batch_kv_head % params_.kv_heads;
     chunk_ = chunk;
+    keys_ = schedule_.keys_of(chunk);
+    private_keys_ = schedule_.private_keys_of(chunk);
     transforms_.clear();
     for (int64_t head = 0; head < extent_.heads; ++head) transforms_.emplace_back(params_, head_of(head));
     std::fill_n(temperature_.data(), extent_.heads, 0.0);
@@ -226,12 +228,11 @@ class Backward {
     };
     open_while([](Range seen) { return seen.size() == 0; });
     int64_t oldest = next;
-    const Range chunk_keys = schedule_.keys_of(chunk_);
     for (int64_t number = key_tiles.begin; number < key_tiles.end; ++number) {
       open_while([&](Range seen) { return seen.size() > 0 && seen.begin <= number; });
       while (key_tiles_of(oldest).end <= number) ++oldest;
       const Range all = key_tiles_.keys_of(number);
-      const Range keys{std::max(all.begin, chunk_keys.begin), std::min(all.end, chunk_keys.end)};
+      const Range keys{std::max(all.begin, keys_.begin), std::min(all.end, keys_.end)};
       run_row({number, all.begin, keys, {oldest, next}, number >= summed_, number < kept});
     }
     open_while([](Range) { return true; }); // the rest sees nothing
@@ -267,29 +268,10 @@ class Backward {
     const auto rows = [&](const auto& view, int64_t dim) {
       return rows_of<T>(view, batch_, head_of(head), queries, dim);
     };
-    const Rows<T> grad_outputs = rows(params_.grad_output, params_.value_dim);
     queries_.pack(tile.slot, rows(params_.query, params_.key_dim), tile.seeing);
-    grad_outputs_.pack(tile.slot, grad_outputs, tile.seeing);
-    load_statistics(grad_outputs, rows(params_.output, params_.value_dim), tile);
-  }
-
-  void load_statistics(Rows<T> grad_outputs, Rows<T> outputs, QueryTile& tile) const {
-    const int64_t first = (batch_ * params_.heads + head_of(tile.head)) * params_.queries + tile.queries.begin;
-    const auto logsumexp = static_cast<const float*>(params_.logsumexp) + first;
-    const auto grad_logsumexp = static_cast<const float*>(params_.grad_logsumexp);
-    for (int64_t lane = 0; lane < square; lane += vector) {
-      Vec<float> products[vector];
-      for (int64_t i = 0; i < vector; ++i) {
-        const int64_t row = std::min(lane + i, outputs.count - 1);
-        products[i] = multiply_rows(grad_outputs.row(row), outputs.row(row), outputs.dim);
-      }
-      sum_each(products).store(tile.delta + lane);
-    }
-    for (int64_t i = 0; i < outputs.count; ++i) {
-      if (grad_logsumexp != nullptr) tile.delta[i] -= grad_logsumexp[first + i];
-      tile.delta[i] *= transforms_[tile.head].gradient_factor;
-      tile.logsumexp[i] = logsumexp[i] * static_cast<float>(log2_of_e);
-    }
+    grad_outputs_.pack(tile.slot, rows(params_.grad_output, params_.value_dim), tile.seeing);
+    load_statistics<T>(params_, batch_, head_of(head), queries, tile.logsumexp, tile.delta);
+    for (int64_t i = 0; i < queries.size(); ++i) tile.delta[i] *= transforms_[head].gradient_factor;
   }
 
   void run_row(const KeyTile& row) {
@@ -444,9 +426,8 @@ class Backward {
   /// the workspace.
   void store(const KeyTile& row, const KeyGradient& gradient, int64_t first_feature) {
     const int64_t features = std::min(gradient.right.dim - first_feature, square);
-    const Range all = schedule_.private_keys_of(chunk_);
-    const Range own{
-        std::clamp(all.begin, row.keys.begin, row.keys.end), std::clamp(all.end, row.keys.begin, row.keys.end)};
+    const auto clip = [&](int64_t key) { return std::clamp(key, row.keys.begin, row.keys.end); };
+    const Range own{clip(private_keys_.begin), clip(private_keys_.end)};
     const auto sums_of = [&](int64_t key) { return scores_ + (key - row.first) * square; };
     store_rows(
         sums_of(own.begin), own.size(), features, gradient.factor,
@@ -505,6 +486,8 @@ class Backward {
   int64_t batch_ = 0;
   int64_t kv_head_ = 0;
   int64_t chunk_ = 0;
+  Range keys_{0, 0};                          // that it sees
+  Range private_keys_{0, 0};                  // that no other chunk sees
   std::vector<ScoreTransform<M>> transforms_; // of each head
   Buffer<double> temperature_;                // sums of dz * z * log2 e, times the factor of dS, of each head
   int64_t summed_ = 0;                        // tiles of keys before it have been seen by an earlier block
@@ -531,9 +514,7 @@ class Backward {
 void backward(const AttentionParams& params, const BackwardSchedule& schedule, void* workspace, Tasks& tasks) {
   if (schedule.tasks() == 0) return; // there may be no head to divide by
   Backward pass(params, schedule, static_cast<float*>(workspace));
-  for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
-    for (int64_t task = run.begin; task < run.end; ++task) pass.run(task / schedule.chunks, task % schedule.chunks);
-  }
+  tasks.for_each([&](int64_t task) { pass.run(task / schedule.chunks, task % schedule.chunks); });
 }
 
 } // namespace wmha::cpu::CPU_CAPABILITY

@@ -266,12 +266,10 @@ void decode(const AttentionParams& params, const DecodeSchedule& schedule, void*
   with_scalar_type(params.dtype, [&](auto type) {
     using T = decltype(type);
     DecodeBlock<T> block(params, schedule, static_cast<acc_type<T>*>(workspace));
-    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
-      for (int64_t task = run.begin; task < run.end; ++task) {
-        const int64_t batch_kv_head = task / schedule.splits;
-        block.run(batch_kv_head / params.kv_heads, batch_kv_head % params.kv_heads, task % schedule.splits);
-      }
-    }
+    tasks.for_each([&](int64_t task) {
+      const int64_t batch_kv_head = task / schedule.splits;
+      block.run(batch_kv_head / params.kv_heads, batch_kv_head % params.kv_heads, task % schedule.splits);
+    });
   });
 }
 
@@ -280,12 +278,10 @@ void merge_decode(const AttentionParams& params, const DecodeSchedule& schedule,
     using T = decltype(type);
     using Acc = acc_type<T>;
     const Buffer<Acc> sum(params.value_dim);
-    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
-      for (int64_t task = run.begin; task < run.end; ++task) {
-        merge_splits<T>(
-            params, schedule, static_cast<const Acc*>(workspace), task / params.queries, task % params.queries, sum);
-      }
-    }
+    tasks.for_each([&](int64_t task) {
+      merge_splits<T>(
+          params, schedule, static_cast<const Acc*>(workspace), task / params.queries, task % params.queries, sum);
+    });
   });
 }
 

@@ -46,13 +46,11 @@ void merge_backward(
   with_scalar_type(params.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t pieces = schedule.merge_pieces();
-    for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
-      for (int64_t task = run.begin; task < run.end; ++task) {
-        merge_shares<T>(
-            params, schedule, static_cast<const acc_type<T>*>(workspace), task / pieces,
-            schedule.keys_of_piece(task % pieces));
-      }
-    }
+    tasks.for_each([&](int64_t task) {
+      merge_shares<T>(
+          params, schedule, static_cast<const acc_type<T>*>(workspace), task / pieces,
+          schedule.keys_of_piece(task % pieces));
+    });
   });
 }
 

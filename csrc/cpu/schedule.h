@@ -17,13 +17,21 @@ class Tasks {
  public:
   Tasks(int64_t begin, int64_t end, int64_t run = 1) : next_(begin), end_(end), run_(run) {}
 
+  /// function(task) until no task is left.
+  template <typename Function>
+  void for_each(const Function& function) {
+    for (Range run = take(); run.size() > 0; run = take()) {
+      for (int64_t task = run.begin; task < run.end; ++task) function(task);
+    }
+  }
+
+ private:
   /// The next run; empty when none is left.
   Range take() {
     const int64_t begin = std::min(next_.fetch_add(run_, std::memory_order_relaxed), end_);
     return {begin, std::min(begin + run_, end_)};
   }
 
- private:
   std::atomic<int64_t> next_;
   const int64_t end_;
   const int64_t run_;
@@ -38,16 +46,14 @@ inline int64_t forward_tasks(const AttentionParams& params) {
 template <typename Function>
 void for_blocks(const AttentionParams& params, Tasks& tasks, int64_t size, const Function& function) {
   const int64_t tasks_of_head = ceil_div(params.queries, task_queries);
-  for (Range run = tasks.take(); run.size() > 0; run = tasks.take()) {
-    for (int64_t task = run.begin; task < run.end; ++task) {
-      const int64_t batch_head = task / tasks_of_head;
-      const int64_t begin = task % tasks_of_head * task_queries;
-      const int64_t end = std::min(begin + task_queries, params.queries);
-      for (int64_t first = begin; first < end; first += size) {
-        function(batch_head / params.heads, batch_head % params.heads, Range{first, std::min(first + size, end)});
-      }
+  tasks.for_each([&](int64_t task) {
+    const int64_t batch_head = task / tasks_of_head;
+    const int64_t begin = task % tasks_of_head * task_queries;
+    const int64_t end = std::min(begin + task_queries, params.queries);
+    for (int64_t first = begin; first < end; first += size) {
+      function(batch_head / params.heads, batch_head % params.heads, Range{first, std::min(first + size, end)});
     }
-  }
+  });
 }
 
 /// The forward pass of few queries cuts the keys that they see into splits. Each leaves a state for each query, its

@@ -43,9 +43,6 @@ struct LeftRows {
   M operator()(int r, int64_t t) const { return row[r][t]; }
 };
 
-/// While one of these lives, its thread may multiply tiles.
-struct TileRegisters {};
-
 /// One tile. target.start(vector, tile) gives the sums' first values, target.finish(vector, tile) takes them. Not
 /// inlined: in a larger function the compiler would keep some of the sums in memory.
 template <typename M, int R, int C, typename Left, typename Target>
