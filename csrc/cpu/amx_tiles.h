@@ -21,15 +21,8 @@
 namespace wmha::cpu::CPU_CAPABILITY {
 
 constexpr int tile_rows = 2 * register_rows;
-constexpr int64_t left_rows_at_once = tile_rows; // a left operand must hold whole tiles of them
-
-/// A left operand that lies in rows, tile_rows of them, whatever the last ones hold.
-template <typename M>
-struct LeftRows {
-  RowMajor<const M> matrix;
-
-  LeftRows(RowMajor<const M> matrix, int64_t /*rows*/) : matrix(matrix) {}
-};
+// A left operand must hold whole tiles of rows, whatever the last ones are.
+constexpr int64_t left_rows_at_once = tile_rows;
 
 /// Adds a product of one step to the sums.
 inline void multiply_add(RowMajor<const BFloat16Pair> left, RowMajor<const BFloat16Pair> right) {
@@ -44,23 +37,10 @@ inline void multiply_add(RowMajor<const BFloat16Pair> left, RowMajor<const BFloa
   multiply_add_registers<3, 5, 7>();
 }
 
-/// A row of tiles: the product of tile_rows rows of `left` (depth steps wide) and the vectors [begin, end) of the
-/// columns of `right` (depth steps high). depth and columns are whole tiles.
-template <typename M, typename Target>
-void multiply(
-    int64_t begin,
-    int64_t end,
-    int64_t depth,
-    const LeftRows<M>& left,
-    RowMajor<const M> right,
-    const Target& target) {
-  constexpr int64_t vector = Vec<float>::size();
-  for (int64_t column = begin * vector; column < end * vector; column += 2 * vector) {
-    target.start(column);
-    for (int64_t t = 0; t < depth; t += Multiplicand<M>::steps_at_once) {
-      multiply_add({left.matrix.data + t, left.matrix.row_stride}, {right.row(t) + column, right.row_stride});
-    }
-    target.finish(column);
+/// Adds a product of `depth` pairs, whole steps of them.
+inline void multiply_add(RowMajor<const BFloat16Pair> left, RowMajor<const BFloat16Pair> right, int64_t depth) {
+  for (int64_t t = 0; t < depth; t += Multiplicand<BFloat16Pair>::steps_at_once) {
+    multiply_add({left.data + t, left.row_stride}, {right.row(t), right.row_stride});
   }
 }
 
@@ -86,34 +66,5 @@ inline void store_sums(RowMajor<float> to, int64_t column) {
   store_register<2>(to.row(register_rows) + column, stride);
   store_register<3>(to.row(register_rows) + column + register_rows, stride);
 }
-
-/// A target: rows of `product` become the product.
-template <typename T>
-struct StoreTo {
-  RowMajor<T> product;
-
-  void start(int64_t) const { clear_sums(); }
-  void finish(int64_t column) const { store_sums(product, column); }
-};
-
-/// A target: as StoreTo, for one tile, but the product stays in the registers until store(). What it replaces may be
-/// used until then, while the product is made.
-template <typename T>
-struct StoreLater {
-  RowMajor<T> product;
-
-  void start(int64_t) const { clear_sums(); }
-  void finish(int64_t) const {}
-  void store() const { store_sums(product, 0); }
-};
-
-/// A target: the product is added to rows of `sum`.
-template <typename T>
-struct AddTo {
-  RowMajor<T> sum;
-
-  void start(int64_t column) const { load_sums({sum.data, sum.row_stride}, column); }
-  void finish(int64_t column) const { store_sums(sum, column); }
-};
 
 } // namespace wmha::cpu::CPU_CAPABILITY

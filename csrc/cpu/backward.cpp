@@ -76,7 +76,7 @@ class BackwardBlock {
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
     const int64_t kv_head = params_.kv_head(head);
     const Range keys = params_.window.keys_of(block);
-    LookAhead<T> ahead(params_, batch, head, block, keys, ceil_div(keys.size(), tile_rows));
+    LookAhead<T, 8> ahead(params_, batch, head, block, keys, ceil_div(keys.size(), tile_rows));
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
       const auto left_keys = left_keys_.of(params_.key, batch, kv_head, tile, keys);

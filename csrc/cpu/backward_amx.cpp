@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "dropout.h"
+#include "key_tiles.h"
 #include "look_ahead.h"
 #include "passes.h"
 #include "rows.h"
@@ -37,17 +38,6 @@ static_assert(square == tile_rows && square == Multiplicand<M>::columns && task_
 constexpr int64_t most_query_tiles = 24; // of a row, of all heads that share its keys
 constexpr int64_t most_waiting = 9;      // of a column: what a window of 256 keys needs
 
-/// The tiles that keys are cut into, so that the last one that a tile of queries sees is whole.
-struct KeyTiles {
-  int64_t first; // key of tile 0, at most 0
-
-  explicit KeyTiles(const Window& window) : first(begin_of_strip(window, 0)) {}
-
-  int64_t of(int64_t key) const { return (key - first) / square; }
-  Range of(Range keys) const { return {of(keys.begin), keys.size() > 0 ? of(keys.end - 1) + 1 : of(keys.begin)}; }
-  Range keys_of(int64_t tile) const { return {first + tile * square, first + (tile + 1) * square}; }
-};
-
 /// What there is to keep, in tiles.
 struct Extent {
   int64_t heads;      // that share keys
@@ -67,17 +57,6 @@ struct Extent {
     slots = all_fit ? in_sight : block;
     key_sums = all_fit ? 1 : most_key_tiles(params, block);
     query_sums = most_key_tiles(params, 1) <= most_waiting ? 1 : heads * slots;
-  }
-
-  /// That so many tiles of queries see.
-  static int64_t most_key_tiles(const AttentionParams& params, int64_t tiles) {
-    const KeyTiles key_tiles(params.window);
-    int64_t most = 1;
-    for (int64_t begin = 0; begin < params.queries; begin += square) {
-      const Range queries{begin, std::min(begin + tiles * square, params.queries)};
-      most = std::max(most, key_tiles.of(params.window.keys_of(queries)).size());
-    }
-    return most;
   }
 };
 
@@ -121,7 +100,7 @@ struct PackedRows {
   void pack(int64_t slot, Rows<T> rows, Range used) {
     const RowMajor<M> in_rows = interleaved_of(slot);
     const RowMajor<M> in_columns = transposed_of(slot);
-    for_squares(rows, used, [&](const Square& part, int64_t /*first*/, int64_t d) {
+    for_squares(rows, used, [&](const Square& part, int64_t d) {
       pack_interleaved(part, {in_rows.data + d, in_rows.row_stride});
       pack_transposed(part, {in_columns.row(d / 2), in_columns.row_stride});
     });
@@ -281,7 +260,7 @@ class Backward {
     int64_t place = 0; // in the row
     for (int64_t head = 0; head < extent_.heads; ++head) {
       const Range newest = query_tiles_[slot_of(head, row.query_tiles.end - 1)].queries;
-      LookAhead<T> ahead(params_, batch_, head_of(head), newest, row.keys, row.query_tiles.size() * square_pairs);
+      LookAhead<T, 8> ahead(params_, batch_, head_of(head), newest, row.keys, row.query_tiles.size() * square_pairs);
       for (int64_t t = row.query_tiles.begin; t < row.query_tiles.end; ++t, ++place) {
         QueryTile& tile = query_tiles_[slot_of(head, t)];
         multiply_square(keys, queries_, tile.slot, scores_);
@@ -318,17 +297,16 @@ class Backward {
   void pack_key_columns(const KeyTile& row) {
     const Rows<T> rows = rows_of<T>(params_.key, batch_, kv_head_, {row.first, row.first + square}, params_.key_dim);
     const Range used{row.keys.begin - row.first, row.keys.end - row.first};
-    for (int64_t d = 0; d < queries_.width; d += square) {
-      pack_left_columns(Square(rows, d, used), key_columns_of(row.number) + d * square_pairs);
-    }
+    for_squares(rows, used, [&](const Square& part, int64_t d) {
+      pack_left_columns(part, key_columns_of(row.number) + d * square_pairs);
+    });
   }
 
   /// products[key][query], a tile of them.
   static void multiply_square(RowMajor<const M> left, const PackedRows& right, int64_t slot, float* products) {
-    const RowMajor<M> columns = right.transposed_of(slot);
-    multiply<M>(
-        0, square / vector, steps<M>(right.dim), LeftRows<M>(left, square), {columns.data, columns.row_stride},
-        StoreTo<float>{{products, square}});
+    clear_sums();
+    multiply_add(left, right.transposed_of(slot), steps<M>(right.dim));
+    store_sums({products, square}, 0);
   }
 
   M* waiting_of(const QueryTile& tile, int64_t key_tile) const {
@@ -338,7 +316,7 @@ class Backward {
   /// From products to gradients: weights, dropout applied but for its factor, and grad_scores, as left operands at
   /// `place` in the row; grad_scores as a right one; the sums of dz * z.
   template <bool masked, bool drops, bool capped, bool tempered>
-  void differentiate_scores(const KeyTile& row, int64_t place, QueryTile& tile, LookAhead<T>& ahead) {
+  void differentiate_scores(const KeyTile& row, int64_t place, QueryTile& tile, LookAhead<T, 8>& ahead) {
     const ScoreTransform<M>& transform = transforms_[tile.head];
     const Vec<float> factor(transform.gradient_factor * static_cast<float>(params_.dropout.inverse_keep));
     DropoutLanes<float> dropout[] = {dropout_of(tile), dropout_of(tile)};

@@ -64,7 +64,7 @@ class ForwardBlock {
 
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
     const Range keys = params_.window.keys_of(block);
-    LookAhead<T> ahead(params_, batch, head, block, keys, ceil_div(keys.size(), tile_rows));
+    LookAhead<T, 4> ahead(params_, batch, head, block, keys, ceil_div(keys.size(), tile_rows));
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
       const auto key_rows = keys_.of(params_.key, batch, params_.kv_head(head), tile, keys);
@@ -85,7 +85,7 @@ class ForwardBlock {
 
  private:
   /// products_ become those of the tile's keys and the queries that see them, in whole groups and vectors.
-  void multiply_tile(RowMajor<const M> keys, const Visibility& visibility, Range tile, LookAhead<T>& ahead) {
+  void multiply_tile(RowMajor<const M> keys, const Visibility& visibility, Range tile, LookAhead<T, 4>& ahead) {
     Range seeing{0, 0};
     for (int64_t key = tile.begin; key < tile.end; key += tile_rows) {
       const Range group{key, std::min(key + tile_rows, tile.end)};

@@ -11,8 +11,8 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-/// The rows of all tensors behind a block of queries that sees `keys`.
-template <typename T>
+/// The rows of all tensors behind a block of queries that sees `keys`. tensors: 4, in the backward pass 8.
+template <typename T, int64_t tensors>
 class LookAhead {
  public:
   /// calls: of fetch(), about.
@@ -24,7 +24,7 @@ class LookAhead {
     tensors_[1] = rows_of<T>(params.output, batch, head, next_queries, params.value_dim);
     tensors_[2] = rows_of<T>(params.key, batch, kv_head, next_keys, params.key_dim);
     tensors_[3] = rows_of<T>(params.value, batch, kv_head, next_keys, params.value_dim);
-    if (params.grad_output.data != nullptr) { // the backward pass
+    if constexpr (tensors == 8) {
       const Range oldest_keys{keys.begin, std::min(keys.begin + block.size(), params.keys())};
       tensors_[4] = rows_of<T>(params.grad_output, batch, head, next_queries, params.value_dim);
       tensors_[5] = rows_of<T>(params.grad_query, batch, head, block, params.key_dim);
@@ -56,9 +56,11 @@ class LookAhead {
 
   /// One line of each tensor.
   void fetch_lines() {
-    for (const Rows<T>& rows : tensors_) {
-      if (place_ >= rows.dim) continue;
-      &rows < tensors_ + first_written ? prefetch(rows.data + place_) : prefetch_for_writing(rows.data + place_);
+    WMHA_UNROLL
+    for (int64_t i = 0; i < tensors; ++i) {
+      if (place_ >= tensors_[i].dim) continue;
+      const T* const place = tensors_[i].data + place_;
+      i < first_written ? prefetch(place) : prefetch_for_writing(place);
     }
     place_ += line;
     if (place_ < longest_) return;
@@ -71,7 +73,7 @@ class LookAhead {
 
   static constexpr int64_t first_written = 5;
 
-  Rows<T> tensors_[8]{};
+  Rows<T> tensors_[tensors];
   int64_t longest_ = 0;   // row
   int64_t lines_at_once_; // of each tensor
   int64_t interval_;      // calls from one time to the next

@@ -59,6 +59,11 @@ struct RowMajor {
   int64_t row_stride;
 
   T* row(int64_t r) const { return data + r * row_stride; }
+  operator RowMajor<const T>() const
+    requires(!std::is_const_v<T>)
+  {
+    return {data, row_stride};
+  }
 };
 
 /// A multiplicand M: sums are of type Sum, a step takes `terms` terms of a sum. A tile takes `steps_at_once` steps, and

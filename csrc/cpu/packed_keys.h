@@ -10,9 +10,6 @@
 
 #include "rows.h"
 #include "scores.h"
-#if defined(CPU_CAPABILITY_AMX)
-#include "squares.h"
-#endif
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
@@ -49,17 +46,7 @@ struct RightRowsForm : RightOperandForm<T> {
 
   static int64_t group_size(int64_t dim) { return whole_columns<M>(dim) * Multiplicand<M>::steps_at_once; }
   static int64_t row_stride(int64_t dim) { return whole_columns<M>(dim); }
-#if defined(CPU_CAPABILITY_AMX)
-  static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) {
-    const int64_t width = whole_columns<M>(rows.dim);
-    for_squares(rows, used, [&](const Square& keys, int64_t first, int64_t d) {
-      pack_interleaved(keys, {packed + first / 2 * width + d, width});
-    });
-    return {packed, width};
-  }
-#else
   static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) { return right_rows<M>(rows, used, packed); }
-#endif
 
   /// The first keys become zeros.
   static void clear(int64_t keys, int64_t dim, M* packed) {
@@ -69,23 +56,6 @@ struct RightRowsForm : RightOperandForm<T> {
     for (int64_t d = 0; keys % 2 == 1 && d < width; ++d) last[d].first = 0;
   }
 };
-
-#if defined(CPU_CAPABILITY_AMX)
-/// The right operand of Q K^T: [groups][steps(dim)][group].
-template <typename T>
-struct RightTransposedForm : RightOperandForm<T> {
-  using M = multiplicand_type<T>;
-
-  static int64_t group_size(int64_t dim) { return steps<M>(dim) * square; }
-  static int64_t row_stride(int64_t /*dim*/) { return square; }
-  static RowMajor<const M> pack(Rows<T> rows, Range used, M* packed) {
-    for_squares(rows, used, [&](const Square& keys, int64_t first, int64_t d) {
-      pack_transposed(keys, {packed + first / square * group_size(rows.dim) + d / 2 * square, square});
-    });
-    return {packed, square};
-  }
-};
-#endif
 
 template <typename T>
 using RightForm = std::conditional_t<Multiplicand<multiplicand_type<T>>::terms == 1, LeftForm<T>, RightRowsForm<T>>;

@@ -30,22 +30,9 @@ inline int64_t most_keys_of_block(const AttentionParams& params) {
   return most;
 }
 
-/// Keys of a score tile: the rows of key and value and the weights stay in the first two caches. Without AMX it makes
-/// no difference from 64 to 320 where windows are wide; 96 holds what 48 queries see through a narrow one. With AMX,
-/// fewer tiles are fewer passes over the sums.
-#if defined(CPU_CAPABILITY_AMX)
-constexpr int64_t key_block = 384;
-#else
+/// Keys of a score tile: the rows of key and value and the weights stay in the first two caches. It makes no
+/// difference from 64 to 320 where windows are wide; 96 holds what 48 queries see through a narrow one.
 constexpr int64_t key_block = 96;
-#endif
-
-#if defined(CPU_CAPABILITY_AMX)
-/// Where strips start, so that a block's last one is whole: it is packed once, not for each block that sees more of it.
-inline int64_t begin_of_strip(const Window& window, int64_t key) {
-  const int64_t phase = window.right < 0 ? 0 : window.right % tile_rows + window.offset % tile_rows;
-  return key - modulo(key - phase, tile_rows);
-}
-#endif
 
 /// From products of keys and queries to z * log2 e, z = softcap(scale * <q, k>) / temperature, and back. Queries are
 /// scaled before the product where that doesn't round them, else the products are.

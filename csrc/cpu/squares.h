@@ -61,14 +61,10 @@ class Square {
   __mmask32 features_;
 };
 
-/// function(square, first_row, first_feature) for the squares that make up some rows.
+/// function(square, first_feature) for the squares that make up 32 rows.
 template <typename Function>
 void for_squares(Rows<c10::BFloat16> rows, Range used, const Function& function) {
-  for (int64_t first = 0; first < rows.count; first += square) {
-    const Rows<c10::BFloat16> part{rows.row(first), rows.stride, std::min(square, rows.count - first), rows.dim};
-    const Range used_part{std::max(used.begin - first, int64_t{0}), std::min(used.end - first, part.count)};
-    for (int64_t d = 0; d < rows.dim; d += square) function(Square(part, d, used_part), first, d);
-  }
+  for (int64_t d = 0; d < rows.dim; d += square) function(Square(rows, d, used), d);
 }
 
 /// The square as a right operand, pairs of rows: interleaved[r / 2][feature].

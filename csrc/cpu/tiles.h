@@ -1,6 +1,4 @@
 // Matrix products in tiles that stay in registers: AMX's tile registers where there are any, else vector registers.
-//
-// Both have tile_rows, LeftRows, multiply() and, as targets of a product, StoreTo and AddTo.
 #pragma once
 
 #if defined(CPU_CAPABILITY_AMX)
