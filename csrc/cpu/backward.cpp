@@ -76,7 +76,9 @@ class BackwardBlock {
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
     const int64_t kv_head = params_.kv_head(head);
     const Range keys = params_.window.keys_of(block);
-    LookAhead<T, 8> ahead(params_, batch, head, block, keys, ceil_div(keys.size(), tile_rows));
+    const int64_t calls =
+        3 * ceil_div(keys.size(), tile_rows) + ceil_div(keys.size(), key_block) * ceil_div(lanes_, tile_rows);
+    LookAhead<T, 8> ahead(params_, batch, head, block, keys, calls);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
       const auto left_keys = left_keys_.of(params_.key, batch, kv_head, tile, keys);
@@ -102,9 +104,10 @@ class BackwardBlock {
               params_.dropout.enabled(), transform.cap > 0);
         });
       }
-      add_to_keys(visibility, tile, weights_, right_grad_outputs, key_gradients.value_rows(tile.begin), value_width_);
-      add_to_keys(visibility, tile, grad_scores_, right_queries, key_gradients.key_rows(tile.begin), key_width_);
-      grad_query_.add(visibility, tile, terms == 1 ? grad_scores_ : grad_scores_by_query_, right_keys);
+      add_to_keys(
+          visibility, tile, weights_, right_grad_outputs, key_gradients.value_rows(tile.begin), value_width_, ahead);
+      add_to_keys(visibility, tile, grad_scores_, right_queries, key_gradients.key_rows(tile.begin), key_width_, ahead);
+      grad_query_.add(visibility, tile, terms == 1 ? grad_scores_ : grad_scores_by_query_, right_keys, ahead);
     }
     grad_query_.store(
         block.size(), at<T>(params_.grad_query, batch, head, block.begin), params_.grad_query.position_stride);
@@ -204,10 +207,12 @@ class BackwardBlock {
       const M* left,
       RowMajor<const M> right,
       RowMajor<Acc> sums,
-      int64_t width) {
+      int64_t width,
+      LookAhead<T, 8>& ahead) {
     const int64_t rows = sum_rows(width / vector);
     Range seeing{0, 0};
     for (int64_t first = tile.begin; first < tile.end; first += rows) {
+      ahead.fetch();
       seeing = visibility.of_keys({first, std::min(first + rows, tile.end)}, seeing);
       const Range depth = steps<M>(seeing);
       const int64_t row = first - tile.begin;

@@ -64,7 +64,9 @@ class ForwardBlock {
 
     DropoutLanes<Acc> dropout(params_, batch * params_.heads + head);
     const Range keys = params_.window.keys_of(block);
-    LookAhead<T, 4> ahead(params_, batch, head, block, keys, ceil_div(keys.size(), tile_rows));
+    const int64_t calls =
+        ceil_div(keys.size(), tile_rows) + ceil_div(keys.size(), key_block) * ceil_div(lanes_, tile_rows);
+    LookAhead<T, 4> ahead(params_, batch, head, block, keys, calls);
     for (int64_t begin = keys.begin; begin < keys.end; begin += key_block) {
       const Range tile{begin, std::min(begin + key_block, keys.end)};
       const auto key_rows = keys_.of(params_.key, batch, params_.kv_head(head), tile, keys);
@@ -78,7 +80,7 @@ class ForwardBlock {
           },
           params_.dropout.enabled(), transform.cap > 0);
       const auto values = values_.of(params_.value, batch, params_.kv_head(head), tile, keys);
-      output_.add(visibility, tile, weights_, values, rescales_ ? rescale_ : nullptr);
+      output_.add(visibility, tile, weights_, values, ahead, rescales_ ? rescale_ : nullptr);
     }
     store(batch, head, visibility, block);
   }

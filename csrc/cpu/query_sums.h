@@ -60,15 +60,18 @@ class QuerySums {
 
   /// sum = factors * sum + left^T right, where factors are one for each query, if any. left: [steps(tile)][lanes],
   /// right: the tile's keys in RightForm. Of left and factors, up to tile_rows elements behind the last are read, too.
+  template <typename LookAhead>
   void add(
       const Visibility& visibility,
       Range tile,
       const M* left,
       RowMajor<const M> right,
+      LookAhead& ahead,
       const Acc* factors = nullptr) {
     const int64_t vectors = width_ / Vec<Acc>::size();
     const int64_t rows = sum_rows(vectors);
     for (int64_t lane = 0; lane < lanes_; lane += rows) {
+      ahead.fetch();
       const Range seen = visibility.of_queries(lane, lane + rows, tile);
       const Range depth = steps<M>(Range{seen.begin - tile.begin, seen.end - tile.begin});
       const LeftColumns<M> columns{left + depth.begin * lanes_ + lane, lanes_};
