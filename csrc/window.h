@@ -26,6 +26,7 @@ struct Range {
   int64_t end;
 
   WMHA_HOST_DEVICE constexpr int64_t size() const { return end - begin; }
+  WMHA_HOST_DEVICE constexpr bool contains(int64_t i) const { return begin <= i && i < end; }
 };
 
 /// Query i sits at key position i + offset and sees `left` keys before it, itself, and `right` after it.

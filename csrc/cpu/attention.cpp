@@ -90,7 +90,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
       Problem::of_backward(grad_output, grad_logsumexp, query, key, value, output, logsumexp, rng_state, options);
   AttentionParams& params = problem.params;
   const cpu::Kernels& kernels = kernels_for(params.dtype);
-  const cpu::BackwardSchedule schedule(params);
+  const cpu::BackwardSchedule schedule(params, at::get_num_threads());
   const at::Tensor workspace = at::empty({schedule.workspace_size()}, problem.logsumexp.options());
   std::vector<double> shares;
   if (problem.temperature.defined()) {

@@ -292,8 +292,8 @@ void backward(const AttentionParams& params, const BackwardSchedule& schedule, v
     using T = decltype(type);
     BackwardBlock<T> block(params);
     KeyGradients<T> key_gradients(params, schedule, static_cast<acc_type<T>*>(workspace));
-    tasks.for_each([&](int64_t task) {
-      run_chunk(params, schedule, task / schedule.chunks, task % schedule.chunks, block, key_gradients);
+    schedule.for_chunks(tasks, [&](int64_t batch_kv_head, int64_t chunk) {
+      run_chunk(params, schedule, batch_kv_head, chunk, block, key_gradients);
     });
   });
 }

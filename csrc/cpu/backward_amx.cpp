@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "dropout.h"
+#include "key_shares.h"
 #include "key_tiles.h"
 #include "look_ahead.h"
 #include "passes.h"
@@ -130,7 +131,7 @@ class Backward {
   Backward(const AttentionParams& params, const BackwardSchedule& schedule, float* workspace)
       : params_(params),
         schedule_(schedule),
-        workspace_(workspace),
+        shares_(schedule, workspace),
         key_tiles_(params.window),
         extent_(params, schedule),
         temperature_(extent_.heads),
@@ -154,12 +155,11 @@ class Backward {
 
   /// One chunk of queries, of all heads that share a key head.
   void run(int64_t batch_kv_head, int64_t chunk) {
-    batch_kv_head_ = batch_kv_head;
     batch_ = batch_kv_head / params_.kv_heads;
     kv_head_ = batch_kv_head % params_.kv_heads;
     chunk_ = chunk;
     keys_ = schedule_.keys_of(chunk);
-    private_keys_ = schedule_.private_keys_of(chunk);
+    shares_.start(batch_kv_head, chunk);
     transforms_.clear();
     for (int64_t head = 0; head < extent_.heads; ++head) transforms_.emplace_back(params_, head_of(head));
     std::fill_n(temperature_.data(), extent_.heads, 0.0);
@@ -400,22 +400,29 @@ class Backward {
     }
   }
 
-  /// Features of a gradient from `first_feature` on, whose sums are in scores_: private keys' to the tensor, others' to
-  /// the workspace.
+  /// Features of a gradient from `first_feature` on, whose sums are in scores_: complete ones to the tensor, others to
+  /// where their shares are kept.
   void store(const KeyTile& row, const KeyGradient& gradient, int64_t first_feature) {
     const int64_t features = std::min(gradient.right.dim - first_feature, square);
-    const auto clip = [&](int64_t key) { return std::clamp(key, row.keys.begin, row.keys.end); };
-    const Range own{clip(private_keys_.begin), clip(private_keys_.end)};
-    const auto sums_of = [&](int64_t key) { return scores_ + (key - row.first) * square; };
+    const auto of_row = [&](Range keys) {
+      const auto clip = [&](int64_t key) { return std::clamp(key, row.keys.begin, row.keys.end); };
+      return Range{clip(keys.begin), clip(keys.end)};
+    };
+    const auto for_shares = [&](Range keys, const auto& function) {
+      if (keys.size() == 0) return;
+      float* share = shares_.of(keys.begin) + gradient.share + first_feature;
+      float* sums = scores_ + (keys.begin - row.first) * square;
+      for (int64_t i = 0; i < keys.size(); ++i) function(sums + i * square, share + i * schedule_.row);
+    };
+    for_shares(of_row(shares_.left()), [&](float* sums, const float* share) {
+      for (int64_t d = 0; d < features; ++d) sums[d] += share[d];
+    });
+    const Range complete = of_row(shares_.complete());
     store_rows(
-        sums_of(own.begin), own.size(), features, gradient.factor,
-        at<T>(gradient.view, batch_, kv_head_, own.begin) + first_feature, gradient.view.position_stride);
-    for (const Range shared : {Range{row.keys.begin, own.begin}, Range{own.end, row.keys.end}}) {
-      if (shared.size() == 0) continue;
-      float* share = workspace_ + schedule_.share_offset(batch_kv_head_, chunk_, shared.begin);
-      for (int64_t key = shared.begin; key < shared.end; ++key, share += schedule_.row) {
-        std::copy_n(sums_of(key), features, share + gradient.share + first_feature);
-      }
+        scores_ + (complete.begin - row.first) * square, complete.size(), features, gradient.factor,
+        at<T>(gradient.view, batch_, kv_head_, complete.begin) + first_feature, gradient.view.position_stride);
+    for (const Range shared : {Range{row.keys.begin, complete.begin}, Range{complete.end, row.keys.end}}) {
+      for_shares(shared, [&](const float* sums, float* share) { std::copy_n(sums, features, share); });
     }
   }
 
@@ -455,17 +462,15 @@ class Backward {
 
   const AttentionParams& params_;
   const BackwardSchedule& schedule_;
-  float* const workspace_;
+  KeyShares<float> shares_;
   const KeyTiles key_tiles_;
   const Extent extent_;
   const TileRegisters registers_;
   // Of a chunk:
-  int64_t batch_kv_head_ = 0;
   int64_t batch_ = 0;
   int64_t kv_head_ = 0;
   int64_t chunk_ = 0;
   Range keys_{0, 0};                          // that it sees
-  Range private_keys_{0, 0};                  // that no other chunk sees
   std::vector<ScoreTransform<M>> transforms_; // of each head
   Buffer<double> temperature_;                // sums of dz * z * log2 e, times the factor of dS, of each head
   int64_t summed_ = 0;                        // tiles of keys before it have been seen by an earlier block
@@ -492,7 +497,7 @@ class Backward {
 void backward(const AttentionParams& params, const BackwardSchedule& schedule, void* workspace, Tasks& tasks) {
   if (schedule.tasks() == 0) return; // there may be no head to divide by
   Backward pass(params, schedule, static_cast<float*>(workspace));
-  tasks.for_each([&](int64_t task) { pass.run(task / schedule.chunks, task % schedule.chunks); });
+  schedule.for_chunks(tasks, [&](int64_t batch_kv_head, int64_t chunk) { pass.run(batch_kv_head, chunk); });
 }
 
 } // namespace wmha::cpu::CPU_CAPABILITY

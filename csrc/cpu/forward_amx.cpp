@@ -152,10 +152,10 @@ class ForwardBlock {
     alignas(64) float first_products[square] = {};
     uint64_t begins = 0;
     for (int64_t row = 0; row < square; ++row) {
-      const int64_t first = visibility_.keys[row].begin - keys.begin;
-      if (first < 0 || square <= first) continue;
+      const Range in_sight = visibility_.keys[row];
+      if (in_sight.size() == 0 || !keys.contains(in_sight.begin)) continue;
       begins |= uint64_t{1} << row;
-      first_products[row] = buffers_.products[row * square + first];
+      first_products[row] = buffers_.products[row * square + in_sight.begin - keys.begin];
     }
     with_flags(
         [&](auto capped) {

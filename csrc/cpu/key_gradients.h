@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "key_shares.h"
 #include "rows.h"
 #include "schedule.h"
 #include "scores.h"
@@ -39,7 +40,7 @@ class KeyGradients {
   KeyGradients(const AttentionParams& params, const BackwardSchedule& schedule, Acc* workspace)
       : params_(params),
         schedule_(schedule),
-        workspace_(workspace),
+        shares_(schedule, workspace),
         key_width_(whole_columns<multiplicand_type<T>>(params.key_dim)),
         value_width_(whole_columns<multiplicand_type<T>>(params.value_dim)),
         capacity_(std::min(2 * most_keys_of_block(params) + key_slack, schedule.most_keys)),
@@ -48,8 +49,7 @@ class KeyGradients {
 
   void start(int64_t batch_kv_head, int64_t chunk) {
     batch_kv_head_ = batch_kv_head;
-    chunk_ = chunk;
-    private_ = schedule_.private_keys_of(chunk);
+    shares_.start(batch_kv_head, chunk);
     base_ = first_ = end_ = schedule_.keys_of(chunk).begin;
   }
 
@@ -79,12 +79,17 @@ class KeyGradients {
 
   void write_until(int64_t key) {
     for (; first_ < std::min(key, end_); ++first_) {
-      const Acc* grad_key = key_rows(first_).data;
-      const Acc* grad_value = value_rows(first_).data;
-      if (private_.begin <= first_ && first_ < private_.end) {
+      Acc* const grad_key = key_rows(first_).data;
+      Acc* const grad_value = value_rows(first_).data;
+      if (shares_.left().contains(first_)) {
+        const Acc* const share = shares_.of(first_);
+        for (int64_t d = 0; d < params_.key_dim; ++d) grad_key[d] += share[d];
+        for (int64_t d = 0; d < params_.value_dim; ++d) grad_value[d] += share[params_.key_dim + d];
+      }
+      if (shares_.complete().contains(first_)) {
         store_key_gradients<T>(params_, batch_kv_head_, first_, grad_key, grad_value);
       } else {
-        Acc* share = workspace_ + schedule_.share_offset(batch_kv_head_, chunk_, first_);
+        Acc* const share = shares_.of(first_);
         std::copy_n(grad_key, params_.key_dim, share);
         std::copy_n(grad_value, params_.value_dim, share + params_.key_dim);
       }
@@ -94,15 +99,13 @@ class KeyGradients {
 
   const AttentionParams& params_;
   const BackwardSchedule& schedule_;
-  Acc* workspace_;
+  KeyShares<Acc> shares_;
   const int64_t key_width_;
   const int64_t value_width_;
   const int64_t capacity_; // keys
   Buffer<Acc> grad_key_;   // [capacity + tile_rows][key_width]
   Buffer<Acc> grad_value_; // [capacity + tile_rows][value_width]
   int64_t batch_kv_head_ = 0;
-  int64_t chunk_ = 0;
-  Range private_{0, 0};
   int64_t base_ = 0; // the key of the buffer's first row
   int64_t first_ = 0;
   int64_t end_ = 0;

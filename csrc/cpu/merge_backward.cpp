@@ -6,8 +6,8 @@
 namespace wmha::cpu::CPU_CAPABILITY {
 namespace {
 
-/// grad_key and grad_value of those of the keys that aren't private to a chunk: the sum of their shares in chunk order,
-/// or zero.
+/// grad_key and grad_value of those of the keys that no task has written: the sum of their shares in chunk order, or
+/// zero.
 template <typename T>
 void merge_shares(
     const AttentionParams& params,
@@ -20,12 +20,14 @@ void merge_shares(
   int64_t first_chunk = 0; // no earlier chunk sees this key or a later one
   for (int64_t key = keys.begin; key < keys.end; ++key) {
     while (first_chunk < schedule.chunks && schedule.keys_of(first_chunk).end <= key) ++first_chunk;
+    Range written{key, key};
     if (first_chunk < schedule.chunks) {
-      const Range own = schedule.private_keys_of(first_chunk);
-      if (own.begin <= key && key < own.end) {
-        key = own.end - 1;
-        continue;
-      }
+      const bool shares_left = schedule.follows(first_chunk + 1);
+      written = shares_left ? schedule.keys_of(first_chunk) : schedule.private_keys_of(first_chunk);
+    }
+    if (written.contains(key)) {
+      key = written.end - 1;
+      continue;
     }
     std::fill_n(sum.data(), schedule.row, Acc(0));
     for (int64_t c = first_chunk; c < schedule.chunks && schedule.keys_of(c).begin <= key; ++c) {

@@ -106,31 +106,38 @@ struct DecodeSchedule {
 };
 
 /// The backward pass cuts the queries into chunks. A chunk adds up grad_key and grad_value of all keys it sees. Keys
-/// near its ends are seen by its neighbours too: their sums go to a workspace, and merge_backward() adds them in chunk
-/// order.
+/// near its ends are seen by its neighbours too: each has a share of them, and shares are added in chunk order.
 ///
 ///   queries   |-- chunk 0 --|-- chunk 1 --|-- chunk 2 --|
 ///   keys of 0 [.............:==]
 ///   keys of 1            [==:...........:==]                  . private: written by the chunk itself
-///   keys of 2                         [==:.............]      = shared: through the workspace
+///   keys of 2                         [==:.............]      = shared
+///
+/// A task is a run of chunks, the longer, the fewer threads there are: where chunk c + 1 follows c in a task, c leaves
+/// its shares to it, which adds its own and writes the sums. At a task's ends they go to a workspace, and
+/// merge_backward() adds them.
 struct BackwardSchedule {
   static constexpr int64_t long_chunk = 1024; // queries
   static constexpr int64_t short_chunk = 480;
   static constexpr int64_t least_tasks = 32;
   static constexpr int64_t wanted_tasks = 64;
   static constexpr int64_t wanted_wide_tasks = 8;
+  static constexpr int64_t tasks_of_thread = 4;
   static constexpr int64_t merge_piece = 128; // keys
 
   int64_t batch_kv_heads;
   int64_t queries;
   int64_t chunk; // queries
   int64_t chunks;
+  int64_t task_chunks;
   int64_t row; // Dk + Dv: the shares of one key
   Window window;
   int64_t most_keys = 0;   // keys of a chunk, at most
-  int64_t most_shared = 0; // keys of a chunk that are not private to it, at most
+  int64_t most_shared = 0; // keys of a task that it shares with others, at most
+  int64_t most_left = 0;   // keys of which a chunk leaves shares to the next one of its task, at most
 
-  explicit BackwardSchedule(const AttentionParams& params)
+  /// threads: that share the tasks. How many has no bearing on the result.
+  explicit BackwardSchedule(const AttentionParams& params, int64_t threads)
       : batch_kv_heads(params.batch * params.kv_heads),
         queries(params.queries),
         row(params.key_dim + params.value_dim),
@@ -147,15 +154,40 @@ struct BackwardSchedule {
     chunk = std::max(chunk, ceil_div(queries, ceil_div(wanted_tasks, heads)));
     chunk = ceil_div(std::min(chunk, std::max<int64_t>(queries, 1)), task_queries) * task_queries;
     chunks = ceil_div(queries, chunk);
+    bool shared_by_two = true; // at most
     for (int64_t c = 0; c < chunks; ++c) {
       most_keys = std::max(most_keys, keys_of(c).size());
-      most_shared = std::max(most_shared, keys_of(c).size() - private_keys_of(c).size());
+      shared_by_two &= c < 2 || keys_of(c - 2).end <= keys_of(c).begin;
+    }
+    const int64_t most_tasks = std::max<int64_t>(chunks, 1); // of a head
+    const int64_t tasks = shared_by_two ? std::min(ceil_div(tasks_of_thread * threads, heads), most_tasks) : most_tasks;
+    task_chunks = ceil_div(most_tasks, tasks);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t after = keys_of(c).end - private_keys_of(c).end;
+      if (follows(c + 1)) {
+        most_left = std::max(most_left, after);
+      } else {
+        most_shared = std::max(most_shared, before_task_of(c) + after);
+      }
     }
   }
 
-  /// One task: one chunk of queries of the heads that share a key head.
-  int64_t tasks() const { return batch_kv_heads * chunks; }
+  /// One task: a run of chunks of queries of the heads that share a key head.
+  int64_t tasks() const { return batch_kv_heads * tasks_of_head(); }
   int64_t workspace_size() const { return tasks() * most_shared * row; }
+
+  /// function(batch_kv_head, chunk) for the chunks of tasks, until none is left.
+  template <typename Function>
+  void for_chunks(Tasks& tasks, const Function& function) const {
+    tasks.for_each([&](int64_t task) {
+      const int64_t begin = task % tasks_of_head() * task_chunks;
+      const int64_t end = std::min(begin + task_chunks, chunks);
+      for (int64_t c = begin; c < end; ++c) function(task / tasks_of_head(), c);
+    });
+  }
+
+  /// Does the chunk follow another one in its task?
+  bool follows(int64_t c) const { return c < chunks && c % task_chunks > 0; }
 
   /// One task: a piece of the keys of one key head.
   int64_t merge_tasks() const { return batch_kv_heads * merge_pieces(); }
@@ -175,15 +207,23 @@ struct BackwardSchedule {
     return {std::min(begin, end), end};
   }
 
-  /// Where chunk c of one batch and key head keeps its shares of `key`: Dk of grad_key, then Dv of grad_value.
-  /// Precondition: the chunk sees the key, and the key is not private to it.
+  /// Where in the workspace chunk c of one batch and key head keeps its shares of `key`: Dk of grad_key, then Dv of
+  /// grad_value. Precondition: the chunk sees the key and shares it with one of another task.
   int64_t share_offset(int64_t batch_kv_head, int64_t c, int64_t key) const {
     const Range own = private_keys_of(c);
-    const int64_t place = key - keys_of(c).begin - (key < own.begin ? 0 : own.size());
-    return ((batch_kv_head * chunks + c) * most_shared + place) * row;
+    const int64_t place = key < own.begin ? key - keys_of(c).begin : before_task_of(c) + key - own.end;
+    return ((batch_kv_head * tasks_of_head() + c / task_chunks) * most_shared + place) * row;
   }
 
  private:
+  int64_t tasks_of_head() const { return ceil_div(chunks, task_chunks); }
+
+  /// How many keys the task of chunk c shares with those before it.
+  int64_t before_task_of(int64_t c) const {
+    const int64_t first = c - c % task_chunks;
+    return private_keys_of(first).begin - keys_of(first).begin;
+  }
+
   /// The most keys a query sees, itself left out.
   int64_t widest_window() const {
     if (window.left < 0 || window.right < 0) return window.keys;

@@ -21,8 +21,10 @@ using wmha::cpu::Tasks;
 inline void* allocate(size_t bytes) { return std::malloc(std::max<size_t>(bytes, 1)); }
 inline void release(void* memory) { std::free(memory); }
 
+constexpr int64_t many_threads = 1000; // for which each chunk of the backward pass is a task
+
 inline int64_t temperature_shares(const AttentionParams& params) {
-  return params.batch * params.heads * std::max<int64_t>(BackwardSchedule(params).chunks, 1);
+  return params.batch * params.heads * std::max<int64_t>(BackwardSchedule(params, many_threads).chunks, 1);
 }
 
 /// One instruction set's kernels.
@@ -57,12 +59,12 @@ Tensor make_workspace(const Problem& problem, const Schedule& schedule) {
   return Tensor(problem.acc, 1, 1, 1, schedule.workspace_size());
 }
 
-/// Forward and backward, each in one piece.
-inline void run(const KernelSet& set, Problem& problem) {
+/// Forward and backward, each in one piece, cut up as for so many threads.
+inline void run(const KernelSet& set, Problem& problem, int64_t threads = many_threads) {
   const AttentionParams& params = problem.params;
   Tasks forward(0, wmha::cpu::forward_tasks(params));
   set.kernels->forward(params, forward);
-  const BackwardSchedule schedule(params);
+  const BackwardSchedule schedule(params, threads);
   Tensor workspace = make_workspace(problem, schedule);
   Tasks backward(0, schedule.tasks());
   set.kernels->backward(params, schedule, workspace.data(), backward);

@@ -9,6 +9,33 @@ using namespace testing_wmha;
 
 class CpuKernels : public Kernels {};
 
+/// call(tasks) for one to three tasks at a time, in any order.
+template <typename Call>
+void in_pieces(int64_t tasks, const Call& call) {
+  std::mt19937 random(7);
+  std::vector<Range> ranges;
+  for (int64_t begin = 0; begin < tasks;) {
+    const int64_t end = std::min<int64_t>(tasks, begin + 1 + random() % 3);
+    ranges.push_back({begin, end});
+    begin = end;
+  }
+  std::shuffle(ranges.begin(), ranges.end(), random);
+  for (const Range& range : ranges) {
+    Tasks tasks_of_range(range.begin, range.end);
+    call(tasks_of_range);
+  }
+}
+
+void run_in_pieces(const wmha::cpu::Kernels& kernels, Problem& problem, int64_t threads) {
+  const AttentionParams& params = problem.params;
+  in_pieces(wmha::cpu::forward_tasks(params), [&](Tasks& tasks) { kernels.forward(params, tasks); });
+  const BackwardSchedule schedule(params, threads);
+  Tensor workspace = make_workspace(problem, schedule);
+  in_pieces(schedule.tasks(), [&](Tasks& tasks) { kernels.backward(params, schedule, workspace.data(), tasks); });
+  in_pieces(
+      schedule.merge_tasks(), [&](Tasks& tasks) { kernels.merge_backward(params, schedule, workspace.data(), tasks); });
+}
+
 TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
   const wmha::cpu::Kernels& kernels = *set().kernels;
   for (const Case& c : std::initializer_list<Case>{
@@ -22,38 +49,44 @@ TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
             .right = 9,
             .temperature = {0.5, 1.0, 2.0, 4.0},
             .dropout = 0.1},
-           {.name = "causal", .heads = 2, .kv_heads = 1, .queries = 1500, .keys = 700, .right = 0}}) {
+           {.name = "causal", .heads = 2, .kv_heads = 1, .queries = 1500, .keys = 700, .right = 0},
+           {.name = "itself alone", .heads = 1, .kv_heads = 1, .queries = 1500, .keys = 1500, .left = 0, .right = 0},
+           {.name = "the first chunk sees nothing",
+            .heads = 1,
+            .kv_heads = 1,
+            .queries = 1500,
+            .keys = 800,
+            .left = 30,
+            .right = 0},
+           {.name = "the last chunk sees nothing",
+            .heads = 1,
+            .kv_heads = 1,
+            .queries = 1500,
+            .keys = 800,
+            .left = 30,
+            .right = 5,
+            .offset = 0},
+           {.name = "wide",
+            .heads = 3,
+            .kv_heads = 3,
+            .queries = 2000,
+            .keys = 2000,
+            .key_dim = 40,
+            .value_dim = 33,
+            .left = 400,
+            .right = 70}}) {
     SCOPED_TRACE(testing::Message() << c);
-    Problem whole(dtype(), c), pieces(dtype(), c);
+    Problem whole(dtype(), c);
     run(set(), whole);
-
-    std::mt19937 random(7);
-    const auto in_pieces = [&](int64_t tasks, const auto& call) {
-      std::vector<Range> ranges;
-      for (int64_t begin = 0; begin < tasks;) {
-        const int64_t end = std::min<int64_t>(tasks, begin + 1 + random() % 3);
-        ranges.push_back({begin, end});
-        begin = end;
+    for (const int64_t threads : {int64_t{1}, int64_t{2}, many_threads}) {
+      SCOPED_TRACE(testing::Message() << threads << " threads");
+      Problem pieces(dtype(), c);
+      run_in_pieces(kernels, pieces, threads);
+      for (size_t t = 0; t < whole.outputs().size(); ++t) {
+        EXPECT_TRUE(pieces.outputs()[t]->bitwise_equal(*whole.outputs()[t])) << "tensor " << t;
       }
-      ASSERT_GT(ranges.size(), 1) << "nothing to split";
-      std::shuffle(ranges.begin(), ranges.end(), random);
-      for (const Range& range : ranges) {
-        Tasks tasks(range.begin, range.end);
-        call(tasks);
-      }
-    };
-    in_pieces(wmha::cpu::forward_tasks(pieces.params), [&](Tasks& tasks) { kernels.forward(pieces.params, tasks); });
-    const BackwardSchedule schedule(pieces.params);
-    Tensor workspace = make_workspace(pieces, schedule);
-    in_pieces(
-        schedule.tasks(), [&](Tasks& tasks) { kernels.backward(pieces.params, schedule, workspace.data(), tasks); });
-    in_pieces(schedule.merge_tasks(), [&](Tasks& tasks) {
-      kernels.merge_backward(pieces.params, schedule, workspace.data(), tasks);
-    });
-    for (size_t t = 0; t < whole.outputs().size(); ++t) {
-      EXPECT_TRUE(pieces.outputs()[t]->bitwise_equal(*whole.outputs()[t])) << "tensor " << t;
+      EXPECT_EQ(pieces.grad_temperature, whole.grad_temperature);
     }
-    EXPECT_EQ(pieces.grad_temperature, whole.grad_temperature);
   }
 }
 

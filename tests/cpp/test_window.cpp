@@ -17,6 +17,7 @@ using wmha::cpu::BackwardSchedule;
 
 constexpr int64_t smallest = std::numeric_limits<int64_t>::min();
 constexpr int64_t largest = std::numeric_limits<int64_t>::max();
+constexpr int64_t many_threads = 1000;
 
 // ---- The sum that saturates ----
 
@@ -179,8 +180,11 @@ void expect_sound(const BackwardSchedule& schedule) {
       testing::Message() << schedule.queries << " queries in " << schedule.chunks << " chunks, window (" << window.left
                          << ", " << window.right << "), offset " << window.offset << ", keys " << window.keys);
   int64_t next_query = 0;
-  std::vector<int> seen(window.keys, 0);
-  std::vector<int> owned(window.keys, 0);
+  std::vector<int> seen(window.keys, 0);   // by so many chunks
+  std::vector<int> shared(window.keys, 0); // in the workspace
+  std::vector<int> left(window.keys, 0);   // to the next chunk
+  std::vector<int> added(window.keys, 0);  // by it
+  std::vector<int> written(window.keys, 0);
   std::vector<bool> used(schedule.workspace_size(), false);
   for (int64_t c = 0; c < schedule.chunks; ++c) {
     const Range queries = schedule.queries_of(c);
@@ -189,14 +193,23 @@ void expect_sound(const BackwardSchedule& schedule) {
     next_query = queries.end;
     const Range keys = schedule.keys_of(c);
     const Range own = schedule.private_keys_of(c);
+    const Range complete{schedule.follows(c) ? keys.begin : own.begin, own.end};
     ASSERT_LE(keys.begin, own.begin);
     ASSERT_LE(own.begin, own.end);
     ASSERT_LE(own.end, keys.end);
-    for (int64_t key = keys.begin; key < keys.end; ++key) ++seen[key];
-    for (int64_t key = own.begin; key < own.end; ++key) ++owned[key];
-    for (int64_t head = 0; head < schedule.batch_kv_heads; ++head) {
-      for (int64_t key = keys.begin; key < keys.end; ++key) {
-        if (own.begin <= key && key < own.end) continue;
+    for (int64_t key = keys.begin; key < keys.end; ++key) {
+      ++seen[key];
+      if (complete.contains(key)) {
+        ++written[key];
+        if (!own.contains(key)) ++added[key];
+        continue;
+      }
+      if (key >= own.end && schedule.follows(c + 1)) {
+        ++left[key];
+        continue;
+      }
+      ++shared[key];
+      for (int64_t head = 0; head < schedule.batch_kv_heads; ++head) {
         const int64_t share = schedule.share_offset(head, c, key);
         ASSERT_LE(0, share);
         ASSERT_LE(share + schedule.row, schedule.workspace_size());
@@ -209,7 +222,11 @@ void expect_sound(const BackwardSchedule& schedule) {
   }
   ASSERT_EQ(next_query, schedule.queries) << "each query is in one chunk";
   for (int64_t key = 0; key < window.keys; ++key) {
-    ASSERT_EQ(owned[key], seen[key] == 1 ? 1 : 0) << "key " << key << " is seen by " << seen[key] << " chunks";
+    const bool is_written = seen[key] == 1 || left[key] > 0;
+    ASSERT_EQ(written[key], is_written ? 1 : 0) << "key " << key << " is seen by " << seen[key] << " chunks";
+    ASSERT_EQ(shared[key], is_written ? 0 : seen[key]) << "key " << key;
+    ASSERT_EQ(left[key], added[key]) << "key " << key;
+    ASSERT_LE(left[key], 1) << "key " << key;
   }
 }
 
@@ -221,8 +238,11 @@ TEST(BackwardSchedule, SplitsQueriesAndKeysWithoutGapsOrOverlap) {
           for (const int64_t offset : {keys - queries, int64_t{0}, int64_t{-700}, int64_t{900}, smallest, largest}) {
             for (const int64_t heads : {1, 20}) {
               if (heads > 1 && (left == 0 || right > 0)) continue; // fewer, for speed
-              expect_sound(BackwardSchedule(problem(heads, queries, {left, right, offset, keys})));
-              if (testing::Test::HasFatalFailure()) return;
+              for (const int64_t threads : {int64_t{1}, int64_t{2}, many_threads}) {
+                if (heads > 1 && threads > 1) continue;
+                expect_sound(BackwardSchedule(problem(heads, queries, {left, right, offset, keys}), threads));
+                if (testing::Test::HasFatalFailure()) return;
+              }
             }
           }
         }
@@ -232,21 +252,21 @@ TEST(BackwardSchedule, SplitsQueriesAndKeysWithoutGapsOrOverlap) {
 }
 
 TEST(BackwardSchedule, TakesNoQueriesNoHeadsAndNoKeys) {
-  EXPECT_EQ(BackwardSchedule(problem(3, 0, {-1, -1, 5, 5})).tasks(), 0);
-  EXPECT_EQ(BackwardSchedule(problem(0, 5, {-1, -1, 0, 5})).tasks(), 0);
-  EXPECT_EQ(BackwardSchedule(problem(3, 0, {-1, -1, 5, 5})).workspace_size(), 0);
-  EXPECT_EQ(BackwardSchedule(problem(0, 5, {-1, -1, 0, 5})).workspace_size(), 0);
-  EXPECT_EQ(BackwardSchedule(problem(3, 5, {-1, -1, -5, 0})).workspace_size(), 0);
+  EXPECT_EQ(BackwardSchedule(problem(3, 0, {-1, -1, 5, 5}), many_threads).tasks(), 0);
+  EXPECT_EQ(BackwardSchedule(problem(0, 5, {-1, -1, 0, 5}), many_threads).tasks(), 0);
+  EXPECT_EQ(BackwardSchedule(problem(3, 0, {-1, -1, 5, 5}), many_threads).workspace_size(), 0);
+  EXPECT_EQ(BackwardSchedule(problem(0, 5, {-1, -1, 0, 5}), many_threads).workspace_size(), 0);
+  EXPECT_EQ(BackwardSchedule(problem(3, 5, {-1, -1, -5, 0}), many_threads).workspace_size(), 0);
 }
 
 TEST(BackwardSchedule, HasEnoughTasksForManyCoresWhenTheWindowIsNarrow) {
-  EXPECT_GE(BackwardSchedule(problem(1, 131072, {128, 0, 0, 131072})).tasks(), 60);
-  EXPECT_GE(BackwardSchedule(problem(8, 8192, {256, 0, 0, 8192})).tasks(), 60);
+  EXPECT_GE(BackwardSchedule(problem(1, 131072, {128, 0, 0, 131072}), many_threads).tasks(), 60);
+  EXPECT_GE(BackwardSchedule(problem(8, 8192, {256, 0, 0, 8192}), many_threads).tasks(), 60);
 }
 
 TEST(BackwardSchedule, KeepsItsMemoryLinear) {
   const auto tensors = [](int64_t heads, int64_t n, int64_t left, int64_t right) {
-    const BackwardSchedule schedule(problem(heads, n, {left, right, 0, n}));
+    const BackwardSchedule schedule(problem(heads, n, {left, right, 0, n}), many_threads);
     return double(schedule.workspace_size()) / double(heads * n * schedule.row); // key and value: one
   };
   for (const int64_t n : {1000, 4096, 100000, 1000000}) {
