@@ -6,6 +6,8 @@
 
 #include <cmath>
 
+#include "cpu/result_memory.h"
+
 namespace wmha {
 namespace {
 
@@ -248,8 +250,12 @@ void check_dropout_mask(const at::Tensor& rng_state, double dropout_p) {
 at::ScalarType acc_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 at::Tensor empty_laid_out_like(const at::Tensor& like, c10::SymIntArrayRef sizes) {
-  if (!lies_by_position(like)) return at::empty_symint(sizes, like.options());
-  return at::empty_symint({sizes[0], sizes[2], sizes[1], sizes[3]}, like.options()).transpose(1, 2);
+  const auto empty = [&](c10::SymIntArrayRef sizes) {
+    if (like.is_cpu()) return cpu::empty(C10_AS_INTARRAYREF_SLOW(sizes), like.options());
+    return at::empty_symint(sizes, like.options());
+  };
+  if (!lies_by_position(like)) return empty(sizes);
+  return empty({sizes[0], sizes[2], sizes[1], sizes[3]}).transpose(1, 2);
 }
 
 at::Tensor laid_out_like(const at::Tensor& like, const at::Tensor& values) {

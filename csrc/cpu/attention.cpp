@@ -9,6 +9,7 @@
 #include "../ops.h"
 #include "../problem.h"
 #include "kernels.h"
+#include "result_memory.h"
 
 namespace wmha {
 namespace {
@@ -56,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
   const cpu::Kernels& kernels = kernels_for(params.dtype);
   if (cpu::DecodeSchedule::applies(params)) {
     const cpu::DecodeSchedule schedule(params);
-    const at::Tensor workspace = at::empty({schedule.workspace_size()}, problem.logsumexp.options());
+    const at::Tensor workspace = cpu::empty({schedule.workspace_size()}, problem.logsumexp.options());
     run_tasks(
         schedule.tasks(), [&](cpu::Tasks& tasks) { kernels.decode(params, schedule, workspace.data_ptr(), tasks); });
     run_tasks(schedule.merge_tasks(), [&](cpu::Tasks& tasks) {
@@ -91,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
   AttentionParams& params = problem.params;
   const cpu::Kernels& kernels = kernels_for(params.dtype);
   const cpu::BackwardSchedule schedule(params, at::get_num_threads());
-  const at::Tensor workspace = at::empty({schedule.workspace_size()}, problem.logsumexp.options());
+  const at::Tensor workspace = cpu::empty({schedule.workspace_size()}, problem.logsumexp.options());
   std::vector<double> shares;
   if (problem.temperature.defined()) {
     shares.resize(params.batch * params.heads * schedule.chunks);
