@@ -50,35 +50,28 @@ TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
             .temperature = {0.5, 1.0, 2.0, 4.0},
             .dropout = 0.1},
            {.name = "causal", .heads = 2, .kv_heads = 1, .queries = 1500, .keys = 700, .right = 0},
-           {.name = "itself alone", .heads = 1, .kv_heads = 1, .queries = 1500, .keys = 1500, .left = 0, .right = 0},
            {.name = "the first chunk sees nothing",
-            .heads = 1,
-            .kv_heads = 1,
-            .queries = 1500,
-            .keys = 800,
+            .heads = 2,
+            .kv_heads = 2,
+            .queries = 1100,
+            .keys = 550,
+            .key_dim = 3,
+            .value_dim = 2,
             .left = 30,
             .right = 0},
-           {.name = "the last chunk sees nothing",
-            .heads = 1,
-            .kv_heads = 1,
-            .queries = 1500,
-            .keys = 800,
-            .left = 30,
-            .right = 5,
-            .offset = 0},
            {.name = "wide",
-            .heads = 3,
-            .kv_heads = 3,
-            .queries = 2000,
-            .keys = 2000,
-            .key_dim = 40,
-            .value_dim = 33,
-            .left = 400,
+            .heads = 2,
+            .kv_heads = 2,
+            .queries = 1500,
+            .keys = 1500,
+            .key_dim = 3,
+            .value_dim = 2,
+            .left = 140,
             .right = 70}}) {
     SCOPED_TRACE(testing::Message() << c);
     Problem whole(dtype(), c);
     run(set(), whole);
-    for (const int64_t threads : {int64_t{1}, int64_t{2}, many_threads}) {
+    for (const int64_t threads : {1, 2}) {
       SCOPED_TRACE(testing::Message() << threads << " threads");
       Problem pieces(dtype(), c);
       run_in_pieces(kernels, pieces, threads);
