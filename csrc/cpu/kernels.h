@@ -24,8 +24,8 @@ struct Kernels {
       const void* workspace,
       Tasks& tasks);
 
-  /// grad_query, and grad_key and grad_value of the keys that are private to a chunk; the shares of all other keys go
-  /// to `workspace` (schedule.workspace_size() elements of acc, uninitialised). The temperature's gradient goes to
+  /// grad_query, and grad_key and grad_value of the keys that only one task sees; the shares of all others go to
+  /// `workspace` (schedule.workspace_size() elements of acc, uninitialised). The temperature's gradient goes to
   /// params.grad_temperature as one share for each (batch, head, chunk). Tasks: schedule.tasks(). Then grad_key and
   /// grad_value of all other keys, from the shares in chunk order; tasks: schedule.merge_tasks().
   void (*backward)(const AttentionParams& params, const BackwardSchedule& schedule, void* workspace, Tasks& tasks);
