@@ -59,12 +59,12 @@ Tensor make_workspace(const Problem& problem, const Schedule& schedule) {
   return Tensor(problem.acc, 1, 1, 1, schedule.workspace_size());
 }
 
-/// Forward and backward, each in one piece, cut up as for so many threads.
-inline void run(const KernelSet& set, Problem& problem, int64_t threads = many_threads) {
+/// Forward and backward, each in one piece.
+inline void run(const KernelSet& set, Problem& problem) {
   const AttentionParams& params = problem.params;
   Tasks forward(0, wmha::cpu::forward_tasks(params));
   set.kernels->forward(params, forward);
-  const BackwardSchedule schedule(params, threads);
+  const BackwardSchedule schedule(params, many_threads);
   Tensor workspace = make_workspace(problem, schedule);
   Tasks backward(0, schedule.tasks());
   set.kernels->backward(params, schedule, workspace.data(), backward);

@@ -19,6 +19,7 @@ void in_pieces(int64_t tasks, const Call& call) {
     ranges.push_back({begin, end});
     begin = end;
   }
+  ASSERT_GT(ranges.size(), 1) << "nothing to split";
   std::shuffle(ranges.begin(), ranges.end(), random);
   for (const Range& range : ranges) {
     Tasks tasks_of_range(range.begin, range.end);
@@ -71,7 +72,7 @@ TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
     SCOPED_TRACE(testing::Message() << c);
     Problem whole(dtype(), c);
     run(set(), whole);
-    for (const int64_t threads : {1, 2}) {
+    for (const int64_t threads : {int64_t{1}, int64_t{2}, many_threads}) {
       SCOPED_TRACE(testing::Message() << threads << " threads");
       Problem pieces(dtype(), c);
       run_in_pieces(kernels, pieces, threads);
