@@ -71,7 +71,10 @@ def call(attention: Callable, inputs: tuple[Tensor, ...], backward: bool) -> lis
 
 
 def seconds_of(function: Callable, repeats: int, device: str) -> float:
-    """Of one call. On CUDA: from the start of the first on the device to the end of the last."""
+    """Of one call, after one that isn't timed. On CUDA: from the start of the first on the device to the end of the
+    last.
+    """
+    function()
     if device == "cpu":
         start = time.perf_counter()
         for _ in range(repeats):
@@ -149,7 +152,6 @@ def measure(case: Case, dtype_name: str, backward: bool, device: str, seconds: f
     start = time.perf_counter()
     while len(samples[OURS]) < LEAST_ROUNDS or time.perf_counter() - start < seconds:
         for name, run in runs.items():
-            run()
             samples[name].append(seconds_of(run, repeats[name], device))
     flops, cache = case.flops(backward), case.cache_bytes(dtype)
     return [
