@@ -190,7 +190,7 @@ class BackwardBlock {
   /// What belongs to a group of keys becomes 0 for the queries outside `lanes`, none of which sees any of them.
   void clear_outside(int64_t first_row, int64_t keys, Range lanes) {
     for (int64_t lane = 0; lane < lanes_; lane += vector) {
-      if (lanes.begin <= lane && lane < lanes.end) continue;
+      if (lanes.contains(lane)) continue;
       for (int64_t row = first_row; row < first_row + whole_terms<M>(keys); ++row) {
         std::fill_n(weights_ + row * lane_steps() + lane / terms, vector / terms, M{});
         std::fill_n(grad_scores_ + row * lane_steps() + lane / terms, vector / terms, M{});

@@ -377,7 +377,7 @@ class Backward {
   /// One bit for each query that sees a row's key, which may not exist.
   static uint64_t seeing_row(const QueryTile& tile, const KeyTile& row, int64_t r) {
     const int64_t key = row.first + r;
-    return row.keys.begin <= key && key < row.keys.end ? tile.seeing_key(key) : 0;
+    return row.keys.contains(key) ? tile.seeing_key(key) : 0;
   }
 
   /// The share of a row in a gradient of its keys.

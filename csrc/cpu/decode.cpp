@@ -20,7 +20,7 @@ class DecodeBlock {
   using Acc = acc_type<T>;
   static constexpr int64_t vector = Vec<Acc>::size();
   static constexpr int64_t tile_keys = 64;  // whose scores and values stay in the first cache
-  static constexpr int64_t keys_ahead = 32; // on their way from memory
+  static constexpr int64_t keys_ahead = 16; // on their way from memory
   static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
 
  public:
@@ -44,12 +44,15 @@ class DecodeBlock {
       reference_[row] = -infinity;
       sum_[row] = 0;
     }
-    std::fill_n(output_.data(), schedule_.rows * value_width_, Acc(0));
+    for (int64_t i = 0; i < schedule_.rows * value_width_; i += vector) Vec<Acc>(Acc(0)).store(output_ + i);
+    const Range all{0, params_.keys()};
+    const Rows<T> all_keys = rows_of<T>(params_.key, batch, kv_head, all, params_.key_dim);
+    const Rows<T> all_values = rows_of<T>(params_.value, batch, kv_head, all, params_.value_dim);
     const Range keys = schedule_.keys_of(split);
     for (int64_t begin = keys.begin; begin < keys.end; begin += tile_keys) {
       const Range tile{begin, std::min(begin + tile_keys, keys.end)};
-      compute_scores(batch, kv_head, tile);
-      with_rows(rows_of<T>(params_.value, batch, kv_head, tile, params_.value_dim), value_rows_, [&](auto values) {
+      compute_scores(all_keys, all_values, tile);
+      with_rows(all_values.part(tile), value_rows_, 1, [&](auto values) {
         for (int64_t row = 0; row < schedule_.rows; ++row) {
           const int64_t head = kv_head * group + row / params_.queries;
           const Range seen = seen_by(row, tile);
@@ -85,19 +88,21 @@ class DecodeBlock {
     return {begin, std::clamp(seen.end, begin, tile.end)};
   }
 
-  /// scores_[row][key], a vector of keys at a time.
-  void compute_scores(int64_t batch, int64_t kv_head, Range tile) {
+  /// scores_[row][key], a vector of keys at a time. Meanwhile the next keys and the tile's values come from memory.
+  void compute_scores(Rows<T> all_keys, Rows<T> all_values, Range tile) {
     for (int64_t first = tile.begin; first < tile.end; first += vector) {
-      const int64_t count = std::min(vector, tile.end - first);
-      const Range positions{first, first + count};
-      for (int64_t key = first; key < first + count; ++key) {
-        const int64_t later = std::min(key + keys_ahead, params_.keys() - 1);
-        prefetch(at<T>(params_.key, batch, kv_head, later), params_.key_dim);
-        prefetch(at<T>(params_.value, batch, kv_head, key), params_.value_dim);
-      }
-      with_rows(rows_of<T>(params_.key, batch, kv_head, positions, params_.key_dim), key_rows_, [&](auto keys) {
+      const Range positions{first, std::min(first + vector, tile.end)};
+      with_rows(all_keys.part(positions), key_rows_, vector, [&](auto keys) {
         for (int64_t row = 0; row < schedule_.rows; ++row) {
-          Vec<Acc> score = multiply(query_ + row * key_width_, keys, count);
+          const auto fetch = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+            if (row > 0) return;
+            const auto some = [&](Rows<T> rows, int64_t from) {
+              return rows.part({std::min(from + begin, rows.count), std::min(from + end, rows.count)});
+            };
+            prefetch_first(some(all_keys, first + keys_ahead));
+            prefetch_first(some(all_values, first));
+          };
+          Vec<Acc> score = multiply(query_ + row * key_width_, keys, fetch);
           if (cap_[row] > 0) score = Vec<Acc>(cap_[row]) * score.tanh();
           score.store(scores_ + row * tile_keys + (first - tile.begin));
         }
@@ -105,32 +110,41 @@ class DecodeBlock {
     }
   }
 
-  /// function(rows) with the rows themselves where they can be read as whole vectors; else, or if it's worth it since
-  /// they are read often, with a copy in the type of the arithmetic.
+  /// function(rows) with the rows themselves if there are `least` of them; else, or if it's worth it since they are
+  /// read often, with a copy in the type of the arithmetic, where zeros stand for those that are missing.
   template <typename Function>
-  void with_rows(Rows<T> rows, Acc* scratch, const Function& function) {
+  void with_rows(Rows<T> rows, Acc* scratch, int64_t least, const Function& function) {
     constexpr int64_t often = 3;
-    if (rows.dim % vector == 0 && (std::is_same_v<T, Acc> || schedule_.rows < often)) {
-      function(RowMajor<const T>{rows.data, rows.stride});
+    if (rows.count >= least && (std::is_same_v<T, Acc> || schedule_.rows < often)) {
+      function(rows);
     } else {
-      function(load_rows<Acc>(rows, scratch));
+      const RowMajor<const Acc> copy = copy_rows(rows, scratch);
+      for (int64_t r = rows.count; r < least; ++r) std::fill_n(scratch + r * copy.row_stride, copy.row_stride, Acc(0));
+      function(Rows<Acc>{copy.data, copy.row_stride, rows.count, copy.row_stride});
     }
   }
 
-  /// Products of the query with so many keys, at most a vector of them, in one lane each.
-  template <typename Key>
-  Vec<Acc> multiply(const Acc* query, RowMajor<const Key> keys, int64_t count) {
-    const Key* row[vector];
+  /// Products of the query with a vector of keys, in one lane each. fetch(begin, end), meanwhile, for some keys after
+  /// others: a burst of prefetches would hold up all else.
+  template <typename Key, typename Fetch>
+  Vec<Acc> multiply(const Acc* query, Rows<Key> keys, const Fetch& fetch) {
+    constexpr int64_t at_once = 4;
+    const int64_t whole = keys.dim / vector * vector;
     Vec<Acc> sums[vector];
     WMHA_UNROLL
-    for (int64_t k = 0; k < vector; ++k) {
-      row[k] = keys.row(std::min(k, count - 1));
-      sums[k] = Vec<Acc>(Acc(0));
-    }
-    for (int64_t d = 0; d < key_width_; d += vector) {
-      const Vec<Acc> features = Vec<Acc>::loadu(query + d);
+    for (int64_t first = 0; first < vector; first += at_once) {
+      fetch(first, first + at_once);
       WMHA_UNROLL
-      for (int64_t k = 0; k < vector; ++k) sums[k] = at::vec::fmadd(features, load_as_acc(row[k] + d), sums[k]);
+      for (int64_t k = 0; k < at_once; ++k) sums[first + k] = Vec<Acc>(Acc(0));
+      const auto add = [&](int64_t d, const auto& load) __attribute__((always_inline)) {
+        const Vec<Acc> features = Vec<Acc>::loadu(query + d);
+        WMHA_UNROLL
+        for (int64_t k = first; k < first + at_once; ++k) {
+          sums[k] = at::vec::fmadd(features, load(keys.row(k) + d), sums[k]);
+        }
+      };
+      for (int64_t d = 0; d < whole; d += vector) add(d, [](const Key* from) { return load_as_acc(from); });
+      if (whole < keys.dim) add(whole, [&](const Key* from) { return load_as_acc(from, keys.dim - whole); });
     }
     return sum_each(sums);
   }
@@ -175,16 +189,19 @@ class DecodeBlock {
 
   /// output_[row] += sum over keys of weight * value
   template <typename Value>
-  void add_values(int64_t row, RowMajor<const Value> values, Range keys) {
+  void add_values(int64_t row, Rows<Value> values, Range keys) {
+    const auto load = [](const Value* from) { return load_as_acc(from); };
     int64_t d = 0;
-    for (; d + 4 * vector <= value_width_; d += 4 * vector) add_columns<4>(row, values, keys, d);
-    for (; d < value_width_; d += vector) add_columns<1>(row, values, keys, d);
+    for (; d + 4 * vector <= values.dim; d += 4 * vector) add_columns<4>(row, values, keys, d, load);
+    for (; d + vector <= values.dim; d += vector) add_columns<1>(row, values, keys, d, load);
+    const int64_t rest = values.dim - d;
+    if (rest > 0) add_columns<1>(row, values, keys, d, [&](const Value* from) { return load_as_acc(from, rest); });
   }
 
   /// The same for C vectors of features. Even and odd keys have sums of their own, so that the next addition needn't
   /// wait for the last.
-  template <int C, typename Value>
-  void add_columns(int64_t row, RowMajor<const Value> values, Range keys, int64_t first) {
+  template <int C, typename Value, typename Load>
+  void add_columns(int64_t row, Rows<Value> values, Range keys, int64_t first, const Load& load) {
     const Acc* const weights = scores_ + row * tile_keys;
     Acc* const output = output_ + row * value_width_ + first;
     Vec<Acc> even[C];
@@ -198,7 +215,7 @@ class DecodeBlock {
       const Vec<Acc> weight(weights[key]);
       const Value* value = values.row(key) + first;
       WMHA_UNROLL
-      for (int c = 0; c < C; ++c) sums[c] = at::vec::fmadd(weight, load_as_acc(value + c * vector), sums[c]);
+      for (int c = 0; c < C; ++c) sums[c] = at::vec::fmadd(weight, load(value + c * vector), sums[c]);
     };
     int64_t key = keys.begin;
     for (; key + 1 < keys.end; key += 2) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <tuple>
 #include <type_traits>
 
 #include "../params.h"
@@ -59,6 +60,7 @@ struct Rows {
   int64_t dim;
 
   const T* row(int64_t r) const { return data + r * stride; }
+  Rows part(Range rows) const { return {row(rows.begin), stride, rows.size(), dim}; }
 };
 
 /// The positions of one head as rows.
@@ -72,10 +74,13 @@ Rows<T> rows_of(const TensorView<Pointer>& view, int64_t batch, int64_t head, Ra
 
 [[gnu::always_inline]] inline void prefetch_for_writing(const void* data) { __builtin_prefetch(data, 1, 2); }
 
-/// So many elements.
+/// Brings rows into the first cache.
 template <typename T>
-[[gnu::always_inline]] inline void prefetch(const T* data, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) prefetch(data + i);
+[[gnu::always_inline]] inline void prefetch_first(Rows<T> rows) {
+  if (rows.stride == rows.dim) rows = {rows.data, 0, 1, rows.count * rows.dim}; // one long row
+  for (int64_t r = 0; r < rows.count; ++r) {
+    for (int64_t d = 0; d < rows.dim; d += 64 / sizeof(T)) __builtin_prefetch(rows.row(r) + d, 0, 3);
+  }
 }
 
 inline at::vec::Vectorized<float> load_as_acc(const c10::BFloat16* source) {
@@ -94,6 +99,20 @@ inline at::vec::Vectorized<float> load_as_acc(const float* source) { return at::
 
 inline at::vec::Vectorized<double> load_as_acc(const double* source) {
   return at::vec::Vectorized<double>::loadu(source);
+}
+
+/// So many elements, fewer than a vector's, and zeros.
+inline at::vec::Vectorized<float> load_as_acc(const c10::BFloat16* source, int64_t count) {
+  return std::get<0>(at::vec::convert_bfloat16_float(at::vec::Vectorized<c10::BFloat16>::loadu(source, count)));
+}
+
+inline at::vec::Vectorized<float> load_as_acc(const c10::Half* source, int64_t count) {
+  return std::get<0>(at::vec::convert_half_float(at::vec::Vectorized<c10::Half>::loadu(source, count)));
+}
+
+template <typename Acc>
+at::vec::Vectorized<Acc> load_as_acc(const Acc* source, int64_t count) {
+  return at::vec::Vectorized<Acc>::loadu(source, count);
 }
 
 #if defined(CPU_CAPABILITY_AVX512_BF16)
@@ -177,25 +196,29 @@ bool are_loaded(Rows<T> rows) {
   return std::is_same_v<T, Acc> && padded<Acc>(rows.dim) == rows.dim;
 }
 
-/// The rows in the type of the arithmetic, padded to whole vectors, zeros behind each: the rows themselves where they
-/// already are that, else a copy in `scratch` (count x padded(dim)).
+/// A copy of the rows in the type of the arithmetic, padded to whole vectors, zeros behind each, in `scratch` (count x
+/// padded(dim)).
+template <typename Acc, typename T>
+RowMajor<const Acc> copy_rows(Rows<T> rows, Acc* scratch) {
+  const int64_t width = padded<Acc>(rows.dim);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    for (int64_t d = 0; d < width; d += Vec<Acc>::size()) {
+      const T* const from = rows.row(r) + d;
+      const int64_t count = rows.dim - d;
+      const Vec<Acc> part = count < Vec<Acc>::size() ? load_as_acc(from, count) : load_as_acc(from);
+      part.store(scratch + r * width + d);
+    }
+  }
+  return {scratch, width};
+}
+
+/// The same, or the rows themselves where they already are that.
 template <typename Acc, typename T>
 RowMajor<const Acc> load_rows(Rows<T> rows, Acc* scratch) {
   if constexpr (std::is_same_v<T, Acc>) {
     if (are_loaded<Acc>(rows)) return {rows.data, rows.stride};
   }
-  const int64_t width = padded<Acc>(rows.dim);
-  for (int64_t r = 0; r < rows.count; ++r) {
-    const T* from = rows.row(r);
-    Acc* to = scratch + r * width;
-    int64_t d = 0;
-    if constexpr (!std::is_same_v<T, Acc>) {
-      for (; d + Vec<Acc>::size() <= rows.dim; d += Vec<Acc>::size()) load_as_acc(from + d).store(to + d);
-    }
-    for (; d < rows.dim; ++d) to[d] = static_cast<Acc>(from[d]);
-    for (; d < width; ++d) to[d] = Acc(0);
-  }
-  return {scratch, width};
+  return copy_rows(rows, scratch);
 }
 
 /// Are the rows a left operand?

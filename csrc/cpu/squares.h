@@ -50,7 +50,7 @@ class Square {
       : data_(rows.data + first), stride_(rows.stride), used_(used), features_(first_of_32(rows.dim - first)) {}
 
   __m512i operator[](int64_t r) const {
-    if (r < used_.begin || used_.end <= r) return _mm512_setzero_si512();
+    if (!used_.contains(r)) return _mm512_setzero_si512();
     return _mm512_maskz_loadu_epi16(features_, data_ + r * stride_);
   }
 
