@@ -96,11 +96,8 @@ class DecodeBlock {
         for (int64_t row = 0; row < schedule_.rows; ++row) {
           const auto fetch = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
             if (row > 0) return;
-            const auto some = [&](Rows<T> rows, int64_t from) {
-              return rows.part({std::min(from + begin, rows.count), std::min(from + end, rows.count)});
-            };
-            prefetch_first(some(all_keys, first + keys_ahead));
-            prefetch_first(some(all_values, first));
+            prefetch_first(all_keys.part({first + keys_ahead + begin, first + keys_ahead + end}));
+            prefetch_first(all_values.part({first + begin, first + end}));
           };
           Vec<Acc> score = multiply(query_ + row * key_width_, keys, fetch);
           if (cap_[row] > 0) score = Vec<Acc>(cap_[row]) * score.tanh();

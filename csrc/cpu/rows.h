@@ -60,7 +60,11 @@ struct Rows {
   int64_t dim;
 
   const T* row(int64_t r) const { return data + r * stride; }
-  Rows part(Range rows) const { return {row(rows.begin), stride, rows.size(), dim}; }
+  /// Some of the rows, as far as they exist.
+  Rows part(Range some) const {
+    const int64_t begin = std::min(some.begin, count);
+    return {row(begin), stride, std::min(some.end, count) - begin, dim};
+  }
 };
 
 /// The positions of one head as rows.
