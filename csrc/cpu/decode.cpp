@@ -44,6 +44,7 @@ class DecodeBlock {
       reference_[row] = -infinity;
       sum_[row] = 0;
     }
+    // In vectors: of std::fill_n g++ makes rep stos, which is slow to start.
     for (int64_t i = 0; i < schedule_.rows * value_width_; i += vector) Vec<Acc>(Acc(0)).store(output_ + i);
     const Range all{0, params_.keys()};
     const Rows<T> all_keys = rows_of<T>(params_.key, batch, kv_head, all, params_.key_dim);
@@ -126,22 +127,19 @@ class DecodeBlock {
   template <typename Key, typename Fetch>
   Vec<Acc> multiply(const Acc* query, Rows<Key> keys, const Fetch& fetch) {
     constexpr int64_t at_once = 4;
-    const int64_t whole = keys.dim / vector * vector;
     Vec<Acc> sums[vector];
     WMHA_UNROLL
     for (int64_t first = 0; first < vector; first += at_once) {
       fetch(first, first + at_once);
       WMHA_UNROLL
       for (int64_t k = 0; k < at_once; ++k) sums[first + k] = Vec<Acc>(Acc(0));
-      const auto add = [&](int64_t d, const auto& load) __attribute__((always_inline)) {
+      for_vectors<Acc>({0, keys.dim}, [&](int64_t d, const auto& load) __attribute__((always_inline)) {
         const Vec<Acc> features = Vec<Acc>::loadu(query + d);
         WMHA_UNROLL
         for (int64_t k = first; k < first + at_once; ++k) {
           sums[k] = at::vec::fmadd(features, load(keys.row(k) + d), sums[k]);
         }
-      };
-      for (int64_t d = 0; d < whole; d += vector) add(d, [](const Key* from) { return load_as_acc(from); });
-      if (whole < keys.dim) add(whole, [&](const Key* from) { return load_as_acc(from, keys.dim - whole); });
+      });
     }
     return sum_each(sums);
   }
@@ -187,12 +185,12 @@ class DecodeBlock {
   /// output_[row] += sum over keys of weight * value
   template <typename Value>
   void add_values(int64_t row, Rows<Value> values, Range keys) {
-    const auto load = [](const Value* from) { return load_as_acc(from); };
+    const auto load = [](const Value* source) { return load_as_acc(source); };
     int64_t d = 0;
     for (; d + 4 * vector <= values.dim; d += 4 * vector) add_columns<4>(row, values, keys, d, load);
-    for (; d + vector <= values.dim; d += vector) add_columns<1>(row, values, keys, d, load);
-    const int64_t rest = values.dim - d;
-    if (rest > 0) add_columns<1>(row, values, keys, d, [&](const Value* from) { return load_as_acc(from, rest); });
+    for_vectors<Acc>({d, values.dim}, [&](int64_t first, const auto& load_vector) {
+      add_columns<1>(row, values, keys, first, load_vector);
+    });
   }
 
   /// The same for C vectors of features. Even and odd keys have sums of their own, so that the next addition needn't

@@ -119,6 +119,16 @@ at::vec::Vectorized<Acc> load_as_acc(const Acc* source, int64_t count) {
   return at::vec::Vectorized<Acc>::loadu(source, count);
 }
 
+/// function(first, load) for each vector of features; load(row + first) reads them, and zeros behind the last.
+template <typename Acc, typename Function>
+[[gnu::always_inline]] inline void for_vectors(Range features, const Function& function) {
+  constexpr int64_t size = Vec<Acc>::size();
+  int64_t d = features.begin;
+  for (; d + size <= features.end; d += size) function(d, [](const auto* source) { return load_as_acc(source); });
+  const int64_t rest = features.end - d;
+  if (rest > 0) function(d, [&](const auto* source) { return load_as_acc(source, rest); });
+}
+
 #if defined(CPU_CAPABILITY_AVX512_BF16)
 /// The first `count` of 32, all of them if there are more.
 inline __mmask32 first_of_32(int64_t count) {
@@ -140,15 +150,9 @@ Vec<acc_type<T>> multiply_rows(const T* left, const T* right, int64_t dim) {
 #else
   using Acc = acc_type<T>;
   Vec<Acc> sums(Acc(0));
-  int64_t d = 0;
-  for (; d + Vec<Acc>::size() <= dim; d += Vec<Acc>::size()) {
-    sums = at::vec::fmadd(load_as_acc(left + d), load_as_acc(right + d), sums);
-  }
-  if (d == dim) return sums;
-  Acc rest[2][Vec<Acc>::size()] = {};
-  std::copy(left + d, left + dim, rest[0]);
-  std::copy(right + d, right + dim, rest[1]);
-  return at::vec::fmadd(Vec<Acc>::loadu(rest[0]), Vec<Acc>::loadu(rest[1]), sums);
+  for_vectors<Acc>(
+      {0, dim}, [&](int64_t d, const auto& load) { sums = at::vec::fmadd(load(left + d), load(right + d), sums); });
+  return sums;
 #endif
 }
 
@@ -206,12 +210,9 @@ template <typename Acc, typename T>
 RowMajor<const Acc> copy_rows(Rows<T> rows, Acc* scratch) {
   const int64_t width = padded<Acc>(rows.dim);
   for (int64_t r = 0; r < rows.count; ++r) {
-    for (int64_t d = 0; d < width; d += Vec<Acc>::size()) {
-      const T* const from = rows.row(r) + d;
-      const int64_t count = rows.dim - d;
-      const Vec<Acc> part = count < Vec<Acc>::size() ? load_as_acc(from, count) : load_as_acc(from);
-      part.store(scratch + r * width + d);
-    }
+    const T* const from = rows.row(r);
+    Acc* const to = scratch + r * width;
+    for_vectors<Acc>({0, rows.dim}, [&](int64_t d, const auto& load) { load(from + d).store(to + d); });
   }
   return {scratch, width};
 }
