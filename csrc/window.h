@@ -49,6 +49,13 @@ struct Window {
     return {keys_of(queries.begin).begin, keys_of(queries.end - 1).end};
   }
 
+  /// No more keys are seen by so many neighbouring queries.
+  constexpr int64_t most_keys(int64_t queries) const {
+    if (left < 0 || right < 0) return keys;
+    const int64_t most = saturating_add(saturating_add(left, right), queries);
+    return most < keys ? most : keys;
+  }
+
   /// keys_of_query[i] = keys_of(queries.begin + i), in a few instructions each.
   constexpr void keys_of_each(Range queries, Range* keys_of_query) const {
     if (is_far(offset) || is_far(keys)) {

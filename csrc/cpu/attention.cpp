@@ -38,12 +38,15 @@ const cpu::Kernels& kernels_for([[maybe_unused]] ScalarType dtype) {
 }
 
 /// Runs kernel(tasks) on all threads until no task is left. Which thread runs which task has no bearing on the result.
+/// task_size: multiplications of a task, about.
 template <typename Kernel>
-void run_tasks(int64_t count, const Kernel& kernel) {
+void run_tasks(int64_t count, int64_t task_size, const Kernel& kernel) {
   if (count == 0) return;
   constexpr int64_t runs = 8; // for each thread: neighbouring tasks share keys, and the last run should be short
-  const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
-  cpu::Tasks tasks(0, count, std::max<int64_t>(1, count / (threads * runs)));
+  constexpr int64_t least_size = 1 << 17; // of a run: 2 us, it takes one to start a thread
+  const int64_t least_run = ceil_div(least_size, std::max<int64_t>(task_size, 1));
+  const int64_t threads = std::min<int64_t>(ceil_div(count, least_run), at::get_num_threads());
+  cpu::Tasks tasks(0, count, std::max(least_run, count / (threads * runs)));
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { kernel(tasks); });
 }
 
@@ -58,13 +61,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
   if (cpu::DecodeSchedule::applies(params)) {
     const cpu::DecodeSchedule schedule(params);
     const at::Tensor workspace = cpu::empty({schedule.workspace_size()}, problem.logsumexp.options());
-    run_tasks(
-        schedule.tasks(), [&](cpu::Tasks& tasks) { kernels.decode(params, schedule, workspace.data_ptr(), tasks); });
-    run_tasks(schedule.merge_tasks(), [&](cpu::Tasks& tasks) {
+    run_tasks(schedule.tasks(), schedule.task_size(), [&](cpu::Tasks& tasks) {
+      kernels.decode(params, schedule, workspace.data_ptr(), tasks);
+    });
+    run_tasks(schedule.merge_tasks(), schedule.merge_task_size(), [&](cpu::Tasks& tasks) {
       kernels.merge_decode(params, schedule, workspace.const_data_ptr(), tasks);
     });
   } else {
-    run_tasks(cpu::forward_tasks(params), [&](cpu::Tasks& tasks) { kernels.forward(params, tasks); });
+    run_tasks(cpu::forward_tasks(params), cpu::forward_task_size(params), [&](cpu::Tasks& tasks) {
+      kernels.forward(params, tasks);
+    });
   }
   return {problem.output, problem.logsumexp, problem.rng_state};
 }
@@ -98,9 +104,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
     shares.resize(params.batch * params.heads * schedule.chunks);
     params.grad_temperature = shares.data();
   }
-  run_tasks(
-      schedule.tasks(), [&](cpu::Tasks& tasks) { kernels.backward(params, schedule, workspace.data_ptr(), tasks); });
-  run_tasks(schedule.merge_tasks(), [&](cpu::Tasks& tasks) {
+  run_tasks(schedule.tasks(), schedule.task_size(), [&](cpu::Tasks& tasks) {
+    kernels.backward(params, schedule, workspace.data_ptr(), tasks);
+  });
+  run_tasks(schedule.merge_tasks(), schedule.merge_task_size(), [&](cpu::Tasks& tasks) {
     kernels.merge_backward(params, schedule, workspace.const_data_ptr(), tasks);
   });
   if (problem.temperature.defined()) {

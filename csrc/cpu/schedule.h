@@ -42,6 +42,12 @@ inline int64_t forward_tasks(const AttentionParams& params) {
   return params.batch * params.heads * ceil_div(params.queries, task_queries);
 }
 
+/// Its multiplications, about.
+inline int64_t forward_task_size(const AttentionParams& params) {
+  const int64_t queries = std::min(task_queries, params.queries);
+  return queries * params.window.most_keys(queries) * (params.key_dim + params.value_dim);
+}
+
 /// function(batch, head, block) for blocks of `size` queries, which divides task_queries, until no task is left.
 template <typename Function>
 void for_blocks(const AttentionParams& params, Tasks& tasks, int64_t size, const Function& function) {
@@ -67,6 +73,7 @@ struct DecodeSchedule {
   int64_t batch_heads;
   int64_t queries;
   int64_t rows;  // queries of the heads that share a key head
+  int64_t row;   // Dk + Dv: a key and its value
   int64_t state; // elements of one
   int64_t splits;
   Range keys; // that at least one query sees
@@ -81,6 +88,7 @@ struct DecodeSchedule {
         batch_heads(params.batch * params.heads),
         queries(params.queries),
         rows(params.heads / params.kv_heads * params.queries),
+        row(params.key_dim + params.value_dim),
         state(params.value_dim + 2),
         keys(params.window.keys_of(Range{0, params.queries})) {
     const int64_t most = ceil_div(keys.size(), shortest_split);
@@ -90,10 +98,12 @@ struct DecodeSchedule {
 
   /// One task: one split of one key head.
   int64_t tasks() const { return batch_kv_heads * splits; }
-  int64_t workspace_size() const { return merge_tasks() * splits * state; }
+  int64_t task_size() const { return rows * ceil_div(keys.size(), splits) * row; }
+  int64_t workspace_size() const { return merge_tasks() * merge_task_size(); }
 
   /// One task: one query of one head.
   int64_t merge_tasks() const { return batch_heads * queries; }
+  int64_t merge_task_size() const { return splits * state; }
 
   Range keys_of(int64_t split) const {
     return {keys.begin + keys.size() * split / splits, keys.begin + keys.size() * (split + 1) / splits};
@@ -145,7 +155,8 @@ struct BackwardSchedule {
     // Long chunks share few keys; but there should be enough for many cores. Where the window is too wide for that,
     // there are still a few, since memory is a multiple of their number.
     const int64_t heads = std::max<int64_t>(batch_kv_heads, 1);
-    const int64_t window2 = saturating_add(widest_window(), widest_window());
+    const int64_t widest = window.most_keys(0); // the query itself left out
+    const int64_t window2 = saturating_add(widest, widest);
     const int64_t wide_chunk = ceil_div(queries, ceil_div(wanted_wide_tasks, heads));
     chunk = std::max(long_chunk, saturating_add(window2, window2));
     if (ceil_div(queries, chunk) * heads < least_tasks) {
@@ -174,6 +185,7 @@ struct BackwardSchedule {
 
   /// One task: a run of chunks of queries of the heads that share a key head.
   int64_t tasks() const { return batch_kv_heads * tasks_of_head(); }
+  int64_t task_size() const { return std::min(chunk, queries) * most_keys * row; }
   int64_t workspace_size() const { return tasks() * most_shared * row; }
 
   /// function(batch_kv_head, chunk) for the chunks of tasks, until none is left.
@@ -191,6 +203,7 @@ struct BackwardSchedule {
 
   /// One task: a piece of the keys of one key head.
   int64_t merge_tasks() const { return batch_kv_heads * merge_pieces(); }
+  int64_t merge_task_size() const { return std::min(merge_piece, window.keys) * row; }
   int64_t merge_pieces() const { return ceil_div(window.keys, merge_piece); }
   Range keys_of_piece(int64_t piece) const {
     return {piece * merge_piece, std::min(window.keys, (piece + 1) * merge_piece)};
@@ -222,12 +235,6 @@ struct BackwardSchedule {
   int64_t before_task_of(int64_t c) const {
     const int64_t first = c - c % task_chunks;
     return private_keys_of(first).begin - keys_of(first).begin;
-  }
-
-  /// The most keys a query sees, itself left out.
-  int64_t widest_window() const {
-    if (window.left < 0 || window.right < 0) return window.keys;
-    return std::min(window.keys, saturating_add(window.left, window.right));
   }
 };
 

@@ -75,6 +75,7 @@ void expect_as_defined(const Window& window, int64_t queries) {
     ASSERT_EQ(keys, seen_keys(window, i));
     ASSERT_LE(previous.begin, range.begin);
     ASSERT_LE(previous.end, range.end);
+    ASSERT_LE(window.keys_of(Range{i, queries}).size(), window.most_keys(queries - i));
     previous = range;
   }
 }
