@@ -27,7 +27,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 import text
 import training_config
@@ -91,14 +91,11 @@ class Tuning:
             while True:
                 optuna.storages.fail_stale_trials(self.study)  # and lets them wait to be begun anew
                 self.show()
-                states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
-                running = states.count(TrialState.RUNNING)
-                if self.waiting:
-                    done = TrialState.WAITING not in states
-                else:
-                    done = self.trials is not None and len(tune_study.ended(self.study)) + running >= self.trials
+                trials = tune_study.trials(self.study)
+                running = any(trial.state == TrialState.RUNNING for trial in trials)
+                done = self.are_enough(trials)
                 late = time.monotonic() + statistics.median(self.seconds or [0]) > self.deadline
-                if late or (done and running == 0):
+                if late or (done and not running):
                     return
                 if done:
                     time.sleep(1)  # another process trains the last; should it die, this one takes over
@@ -116,8 +113,24 @@ class Tuning:
             self.bar.write(f"trial {self.number} was taken over by another process")
         self.seconds.append(time.monotonic() - start)
 
+    def are_enough(self, trials: list[FrozenTrial]) -> bool:
+        """With those that are running."""
+        if self.waiting:
+            return all(trial.state != TrialState.WAITING for trial in trials)
+        begun = [trial for trial in trials if trial.state != TrialState.WAITING and not tune_study.lost(trial)]
+        return self.trials is not None and len(begun) >= self.trials
+
+    def is_surplus(self, trial: optuna.Trial) -> bool:
+        """Did another process begin the last one, at the same time?"""
+        if self.waiting:
+            return "planned" not in trial.user_attrs
+        return self.are_enough([other for other in tune_study.trials(self.study) if other.number < trial.number])
+
     def objective(self, trial: optuna.Trial) -> float | tuple[float, float]:
         self.number = trial.number
+        if self.is_surplus(trial):
+            trial.set_user_attr(tune_study.SURPLUS, True)
+            raise Failed
         try:
             return self.train(trial)
         except KeyboardInterrupt:
@@ -129,8 +142,6 @@ class Tuning:
             raise Failed from error
 
     def train(self, trial: optuna.Trial) -> float | tuple[float, float]:
-        if self.waiting and not trial.user_attrs.get("planned"):
-            raise Failed("another process took the last one that waited")
         config = self.space.suggest(trial)
         trial.set_user_attr("config", config.table())
 

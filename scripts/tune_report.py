@@ -18,6 +18,7 @@ from optuna.visualization import matplotlib as draw
 import checkpoint
 import plots
 import training_config
+import tune_study
 
 BEST_SHOWN, SLICES_SHOWN = 10, 6
 OBJECTIVES = ("validation loss, bits per byte", "training time, µs per byte")
@@ -26,7 +27,7 @@ OBJECTIVES = ("validation loss, bits per byte", "training time, µs per byte")
 def write(study: optuna.Study, why: optuna.Study | None, out: pathlib.Path) -> None:
     """Also of a study in which little has happened yet. why: the study that explains its best trial."""
     out.mkdir(parents=True, exist_ok=True)
-    trials = study.get_trials(deepcopy=False)
+    trials = tune_study.trials(study)
     checkpoint.write(table_of(trials), out / "trials.csv")
     complete = sorted(
         (trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: trial.values[0]

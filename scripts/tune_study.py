@@ -22,6 +22,7 @@ PRUNERS = ("median", "hyperband", "none")
 HEARTBEAT = 5  # seconds: a trial whose process hasn't been heard of for three of these is begun anew
 PATIENCE = 60  # seconds that the process that begins a study has for it
 QUESTION = "question"
+SURPLUS = "surplus"  # the mark of a trial that is none of the study's
 
 
 def database(url: str) -> RDBStorage:
@@ -146,9 +147,14 @@ def load(storage: RDBStorage, name: str) -> optuna.Study | None:
         return optuna.load_study(study_name=name, storage=storage)
 
 
+def trials(study: optuna.Study) -> list[FrozenTrial]:
+    """All that are the study's: where two processes begin the last one at the same time, the second is not."""
+    return [trial for trial in study.get_trials(deepcopy=False) if SURPLUS not in trial.user_attrs]
+
+
 def ended(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that came to an end of their own, also a bad one; not those whose process was killed or interrupted."""
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished() and not lost(trial)]
+    return [trial for trial in trials(study) if trial.state.is_finished() and not lost(trial)]
 
 
 def lost(trial: FrozenTrial) -> bool:

@@ -11,7 +11,9 @@ import optuna
 import pytest
 
 import training_config
+import tune
 import tune_explain
+import tune_report
 import tune_study
 from command import InputError
 from command_line import SCRIPTS, finish, run, start
@@ -228,6 +230,30 @@ def test_no_two_processes_take_the_same_trial(tmp_path):
         process.join()
     assert sorted(number for number, _ in taken) == list(range(30))
     assert Counter(planned for _, planned in taken) == {True: 25, False: 5}
+
+
+class Stub:
+    """In place of a Worker: trains nothing."""
+
+    def train(self, config: Config, prune) -> Result:
+        return Result(loss=config.optimizer.learning_rate, microseconds_per_byte=1.0, parameters=1, bytes_read=1)
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_the_last_trial_is_begun_twice(space, tmp_path, sampler):
+    """Two processes find at the same time that one more is wanted: what the second begins is none of the study's."""
+    one = space("[model]\nnum_heads = { choices = [2, 4, 8] }\nembed_dim = 16\n")
+    grid = sampler == "grid"
+    planned = [(point, {}) for point in one.grid()] if grid else []
+    storage = tune_study.database(f"sqlite:///{tmp_path / 'study.db'}")
+    study = tune_study.begin(storage, "x", {}, planned, sampler, 0, optuna.pruners.NopPruner())
+    tuning = tune.Tuning(study, one, Stub(), None if grid else 3, grid, float("inf"))
+    tuning.run()
+    tuning.one_trial()  # as a process does that looked before the last was begun
+    tuning.run()
+    tune_report.write(study, None, tmp_path)
+    assert [row["state"] for row in trials(tmp_path)] == ["COMPLETE"] * 3
+    assert (tmp_path / "report.md").read_text().splitlines()[2] == "3 trials: 3 complete."
 
 
 class TestCommand:
