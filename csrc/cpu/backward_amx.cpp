@@ -32,7 +32,6 @@ using T = c10::BFloat16;
 using M = multiplicand_type<T>;
 
 constexpr int64_t vector = Vec<float>::size();
-constexpr int64_t tile_pairs = square * square_pairs; // of a tile of scores, or of a square of rows
 static_assert(square == tile_rows && square == Multiplicand<M>::columns && task_queries % square == 0);
 
 // With 16 to 36 and 6 to 13 of them, times differ by 3 %, but that 8 and 12 are up to 10 % slower with wide windows.
@@ -85,8 +84,8 @@ struct QueryTile {
 struct PackedRows {
   int64_t dim;
   int64_t width;
-  Buffer<M> interleaved; // [slots][square_pairs][width]
-  Buffer<M> transposed;  // [slots][width / 2][square]
+  Buffer<M> interleaved; // [slots][squares of dim][square_size]
+  Buffer<M> transposed;  // the same
 
   PackedRows(int64_t dim, int64_t slots)
       : dim(dim),
@@ -94,16 +93,14 @@ struct PackedRows {
         interleaved(slots * square_pairs * width),
         transposed(slots * square_pairs * width) {}
 
-  RowMajor<M> interleaved_of(int64_t slot) const { return {interleaved + slot * square_pairs * width, width}; }
-  RowMajor<M> transposed_of(int64_t slot) const { return {transposed + slot * square_pairs * width, square}; }
+  M* interleaved_of(int64_t slot) const { return interleaved + slot * square_pairs * width; }
+  M* transposed_of(int64_t slot) const { return transposed + slot * square_pairs * width; }
 
   /// Rows that aren't used become zeros.
   void pack(int64_t slot, Rows<T> rows, Range used) {
-    const RowMajor<M> in_rows = interleaved_of(slot);
-    const RowMajor<M> in_columns = transposed_of(slot);
     for_squares(rows, used, [&](const Square& part, int64_t d) {
-      pack_interleaved(part, {in_rows.data + d, in_rows.row_stride});
-      pack_transposed(part, {in_columns.row(d / 2), in_columns.row_stride});
+      pack_interleaved(part, interleaved_of(slot) + d / square * square_size);
+      pack_transposed(part, transposed_of(slot) + d / square * square_size);
     });
   }
 };
@@ -122,7 +119,7 @@ struct KeyGradient {
         factor(factor),
         share(share),
         right(right),
-        left(extent.heads * extent.slots * tile_pairs),
+        left(extent.heads * extent.slots * square_size),
         sums(extent.key_sums * square * right.width) {}
 };
 
@@ -147,7 +144,7 @@ class Backward {
             extent_),
         scores_(square * square),
         grad_weights_(square * square),
-        waiting_(query_tiles_.size() * most_waiting * tile_pairs),
+        waiting_(query_tiles_.size() * most_waiting * square_size),
         grad_query_(extent_.query_sums * queries_.width * square),
         left_keys_(square * left_width<M>(params.key_dim)),
         left_values_(square * left_width<M>(params.value_dim)),
@@ -310,7 +307,7 @@ class Backward {
   }
 
   M* waiting_of(const QueryTile& tile, int64_t key_tile) const {
-    return waiting_ + (tile.slot * most_waiting + key_tile % most_waiting) * tile_pairs;
+    return waiting_ + (tile.slot * most_waiting + key_tile % most_waiting) * square_size;
   }
 
   /// From products to gradients: weights, dropout applied but for its factor, and grad_scores, as left operands at
@@ -328,8 +325,8 @@ class Backward {
       delta[half] = Vec<float>::loadu(tile.delta + half * vector);
       temperature[half] = Vec<float>::loadu(tile.temperature + half * vector);
     }
-    const auto to_weights = reinterpret_cast<T*>(grad_value_.left + place * tile_pairs);
-    const auto to_grad_scores = reinterpret_cast<T*>(grad_key_.left + place * tile_pairs);
+    const auto to_weights = reinterpret_cast<T*>(grad_value_.left + place * square_size);
+    const auto to_grad_scores = reinterpret_cast<T*>(grad_key_.left + place * square_size);
     M* const waiting = waiting_of(tile, row.number);
     for (int64_t pair = 0; pair < square; pair += 2) {
       ahead.fetch();
@@ -364,8 +361,8 @@ class Backward {
         grad_scores_of[r - pair] = rounded;
       }
       const auto [low, high] = interleave(grad_scores_of[0], grad_scores_of[1]);
-      _mm512_storeu_si512(waiting + pair / 2 * square, low);
-      _mm512_storeu_si512(waiting + pair / 2 * square + vector, high);
+      _mm512_storeu_si512(waiting + pair / 2 * square_pairs, low);
+      _mm512_storeu_si512(waiting + (16 + pair / 2) * square_pairs, high);
     }
     for (int64_t half = 0; tempered && half < 2; ++half) temperature[half].store(tile.temperature + half * vector);
   }
@@ -388,8 +385,8 @@ class Backward {
       row.is_new ? clear_sums() : load_sums({sums + d, right.width}, 0);
       const M* left = gradient.left;
       for_row(row, [&](const QueryTile& tile) {
-        multiply_add({left, square_pairs}, {right.interleaved_of(tile.slot).data + d, right.width});
-        left += tile_pairs;
+        multiply_add({left, square_pairs}, right.interleaved_of(tile.slot) + d / square * square_size);
+        left += square_size;
       });
       if (row.is_last) {
         store_sums({scores_, square}, 0);
@@ -435,7 +432,7 @@ class Backward {
       const RowMajor<float> part{sums + d * square, square}; // features in rows
       is_new ? clear_sums() : load_sums({part.data, square}, 0);
       for (int64_t t = tile.waiting.begin; t < tile.waiting.end; ++t) {
-        multiply_add({key_columns_of(t) + d * square_pairs, square_pairs}, {waiting_of(tile, t), square});
+        multiply_add({key_columns_of(t) + d * square_pairs, square_pairs}, waiting_of(tile, t));
       }
       if (is_last) {
         store_sums({scores_, square}, 0);
@@ -484,7 +481,7 @@ class Backward {
   Buffer<float> scores_;       // [square][square], and products of other tiles
   Buffer<float> grad_weights_; // [square][square]
   // Of columns:
-  Buffer<M> waiting_;        // [slots][most_waiting][square_pairs][square], dS^T
+  Buffer<M> waiting_;        // [slots][most_waiting][square_size], dS^T as right operands
   Buffer<float> grad_query_; // [extent.query_sums][width][square]
   // Of tiles of keys:
   Buffer<M> left_keys_;   // [square][left_width(key_dim)], where they can't be read in place

@@ -35,12 +35,10 @@ static_assert(square == tile_rows && square == 2 * vector && task_queries % squa
 
 /// What is kept from one block to the next.
 struct Buffers {
-  static constexpr int64_t weights_stride = tiles_at_once * square_pairs;
-
   const int64_t output_width;
   Buffer<M> queries;      // [square][left_width(key_dim)], where they can't be read in place
   Buffer<float> products; // [square][square]
-  Buffer<M> weights;      // [square][weights_stride]
+  Buffer<M> weights;      // [tiles_at_once][square][square_pairs]
   Buffer<float> output;   // [square][output_width]
   PackedTiles keys;
 
@@ -48,7 +46,7 @@ struct Buffers {
       : output_width(whole_columns<M>(params.value_dim)),
         queries(square * left_width<M>(params.key_dim)),
         products(square * square),
-        weights(square * weights_stride),
+        weights(tiles_at_once * square_size),
         output(square * output_width),
         keys(params, tiles_at_once) {}
 };
@@ -91,7 +89,7 @@ class ForwardBlock {
     for_groups([&](Range tiles) {
       for_tiles(tiles, [&](int64_t tile, Range keys) {
         if (guesses && visibility_.keys[block_.size() - 1].begin >= keys.begin) guess_references(keys);
-        const auto weights = reinterpret_cast<T*>(buffers_.weights + (tile - tiles.begin) * square_pairs);
+        const auto weights = reinterpret_cast<T*>(buffers_.weights + (tile - tiles.begin) * square_size);
         with_flags(
             [&](auto masked, auto drops, auto capped) { weigh<masked, drops, capped>(keys, weights); },
             !visibility_.all_see(keys, {0, square}), params_.dropout.enabled(), transform_.cap > 0);
@@ -208,7 +206,7 @@ class ForwardBlock {
         sums_[row] = sums_[row] + (low + high);
         auto rounded = round_to<T>(low, high);
         if constexpr (drops) rounded = dropout_.keep(rounded, row);
-        rounded.store(weights + row * Buffers::weights_stride * Multiplicand<M>::terms);
+        rounded.store(weights + row * square);
       }
     }
   }
@@ -218,9 +216,9 @@ class ForwardBlock {
     for (int64_t d = 0; d < buffers_.output_width; d += square) {
       tiles.begin == tiles_.begin ? clear_sums() : load_sums(output, d);
       for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-        const RowMajor<const M> values = buffers_.keys.values_of(tile);
-        const M* const weights = buffers_.weights + (tile - tiles.begin) * square_pairs;
-        multiply_add({weights, Buffers::weights_stride}, {values.data + d, values.row_stride});
+        const M* const weights = buffers_.weights + (tile - tiles.begin) * square_size;
+        const M* const values = buffers_.keys.values_of(tile) + d / square * square_size;
+        multiply_add({weights, square_pairs}, values);
       }
       store_sums(output, d);
     }

@@ -64,9 +64,9 @@ class PackedTiles {
   }
 
   /// The right operand of Q K^T.
-  RowMajor<M> keys_of(int64_t tile) const { return {keys_ + tile % slots_ * key_size_, square}; }
-  /// The right operand of P V.
-  RowMajor<M> values_of(int64_t tile) const { return {values_ + tile % slots_ * value_size(), value_width_}; }
+  M* keys_of(int64_t tile) const { return keys_ + tile % slots_ * key_size_; }
+  /// The right operands of P V, one for 32 features.
+  M* values_of(int64_t tile) const { return values_ + tile % slots_ * value_size(); }
 
  private:
   static constexpr int64_t most_bytes = int64_t{1} << 20;
@@ -84,22 +84,22 @@ class PackedTiles {
     const Range used{std::max(in_sight.begin - all.begin, int64_t{0}), std::min(in_sight.end - all.begin, square)};
     const auto rows = [&](const auto& view, int64_t dim) { return rows_of<T>(view, batch, kv_head, all, dim); };
     for_squares(rows(params_.key, params_.key_dim), used, [&](const Square& part, int64_t d) {
-      pack_transposed(part, {keys_of(tile).row(d / 2), square});
+      pack_transposed(part, keys_of(tile) + d / square * square_size);
     });
     for_squares(rows(params_.value, params_.value_dim), used, [&](const Square& part, int64_t d) {
-      pack_interleaved(part, {values_of(tile).data + d, value_width_});
+      pack_interleaved(part, values_of(tile) + d / square * square_size);
     });
   }
 
   /// Those of a tile's first keys become zeros.
   void clear_values(int64_t tile, int64_t keys) {
     if (keys <= 0) return;
-    M* const last = values_of(tile).row(keys / 2);
-    std::fill(values_of(tile).data, last, M{});
-    if (keys % 2 == 0) return;
-    constexpr __mmask32 second = 0xaaaaaaaa; // of each pair
-    for (int64_t d = 0; d < value_width_; d += square_pairs) {
-      _mm512_storeu_si512(last + d, _mm512_maskz_mov_epi16(second, _mm512_loadu_si512(last + d)));
+    for (int64_t d = 0; d < value_width_; d += register_rows) {
+      M* const first = values_of(tile) + d * square_pairs;
+      M* const last = first + keys / 2 * square_pairs;
+      std::fill(first, last, M{});
+      constexpr __mmask32 second = 0xaaaaaaaa; // of each pair
+      if (keys % 2 == 1) _mm512_storeu_si512(last, _mm512_maskz_mov_epi16(second, _mm512_loadu_si512(last)));
     }
   }
 
@@ -108,8 +108,8 @@ class PackedTiles {
   const int64_t key_size_; // of a tile
   const int64_t value_width_;
   const int64_t slots_;
-  Buffer<M> keys_;   // [slots][steps(key_dim)][square]
-  Buffer<M> values_; // [slots][square_pairs][value_width]
+  Buffer<M> keys_;   // [slots][squares of key_dim][square_size]
+  Buffer<M> values_; // [slots][squares of value_dim][square_size]
   int64_t batch_head_ = -1;
   int64_t first_ = 0; // tile since which none has been left out
   int64_t end_ = 0;

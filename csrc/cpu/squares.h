@@ -10,8 +10,9 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-constexpr int64_t square = 32;           // rows or features
-constexpr int64_t square_pairs = 16;     // of either
+constexpr int64_t square = 32;       // rows or features
+constexpr int64_t square_pairs = 16; // of either
+constexpr int64_t square_size = square * square_pairs;
 using Registers = __m512i[square_pairs]; // 16 x 16 pairs
 
 /// Turns rows into columns.
@@ -67,25 +68,25 @@ void for_squares(Rows<c10::BFloat16> rows, Range used, const Function& function)
   for (int64_t d = 0; d < rows.dim; d += square) function(Square(rows, d, used), d);
 }
 
-/// The square as a right operand, pairs of rows: interleaved[r / 2][feature].
-inline void pack_interleaved(const Square& rows, RowMajor<BFloat16Pair> interleaved) {
+/// The square as a right operand, pairs of rows: packed[feature / 16][r / 2][feature % 16].
+inline void pack_interleaved(const Square& rows, BFloat16Pair* packed) {
   WMHA_UNROLL
   for (int64_t pair = 0; pair < square_pairs; ++pair) {
     const auto [low, high] = interleave(rows[2 * pair], rows[2 * pair + 1]);
-    _mm512_storeu_si512(interleaved.row(pair), low);
-    _mm512_storeu_si512(interleaved.row(pair) + square_pairs, high);
+    _mm512_storeu_si512(packed + pair * square_pairs, low);
+    _mm512_storeu_si512(packed + (16 + pair) * square_pairs, high);
   }
 }
 
-/// The square as a right operand, pairs of features: transposed[feature / 2][r].
-inline void pack_transposed(const Square& rows, RowMajor<BFloat16Pair> transposed) {
+/// The square as a right operand, pairs of features: packed[r / 16][feature / 2][r % 16].
+inline void pack_transposed(const Square& rows, BFloat16Pair* packed) {
   for (int64_t first = 0; first < square; first += square_pairs) {
     Registers words;
     WMHA_UNROLL
     for (int r = 0; r < 16; ++r) words[r] = rows[first + r];
     transpose(words);
     WMHA_UNROLL
-    for (int c = 0; c < 16; ++c) _mm512_storeu_si512(transposed.row(c) + first, words[c]);
+    for (int c = 0; c < 16; ++c) _mm512_storeu_si512(packed + (first + c) * square_pairs, words[c]);
   }
 }
 
