@@ -84,7 +84,7 @@ struct QueryTile {
 struct PackedRows {
   int64_t dim;
   int64_t width;
-  Buffer<M> interleaved; // [slots][squares of dim][square_size]
+  Buffer<M> interleaved; // [slots][width][square_pairs], squares
   Buffer<M> transposed;  // the same
 
   PackedRows(int64_t dim, int64_t slots)
@@ -99,8 +99,8 @@ struct PackedRows {
   /// Rows that aren't used become zeros.
   void pack(int64_t slot, Rows<T> rows, Range used) {
     for_squares(rows, used, [&](const Square& part, int64_t d) {
-      pack_interleaved(part, interleaved_of(slot) + d / square * square_size);
-      pack_transposed(part, transposed_of(slot) + d / square * square_size);
+      pack_interleaved(part, interleaved_of(slot) + d * square_pairs);
+      pack_transposed(part, transposed_of(slot) + d * square_pairs);
     });
   }
 };
@@ -385,7 +385,7 @@ class Backward {
       row.is_new ? clear_sums() : load_sums({sums + d, right.width}, 0);
       const M* left = gradient.left;
       for_row(row, [&](const QueryTile& tile) {
-        multiply_add({left, square_pairs}, right.interleaved_of(tile.slot) + d / square * square_size);
+        multiply_add({left, square_pairs}, right.interleaved_of(tile.slot) + d * square_pairs);
         left += square_size;
       });
       if (row.is_last) {

@@ -217,7 +217,7 @@ class ForwardBlock {
       tiles.begin == tiles_.begin ? clear_sums() : load_sums(output, d);
       for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
         const M* const weights = buffers_.weights + (tile - tiles.begin) * square_size;
-        const M* const values = buffers_.keys.values_of(tile) + d / square * square_size;
+        const M* const values = buffers_.keys.values_of(tile) + d * square_pairs;
         multiply_add({weights, square_pairs}, values);
       }
       store_sums(output, d);

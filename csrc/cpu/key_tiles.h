@@ -84,10 +84,10 @@ class PackedTiles {
     const Range used{std::max(in_sight.begin - all.begin, int64_t{0}), std::min(in_sight.end - all.begin, square)};
     const auto rows = [&](const auto& view, int64_t dim) { return rows_of<T>(view, batch, kv_head, all, dim); };
     for_squares(rows(params_.key, params_.key_dim), used, [&](const Square& part, int64_t d) {
-      pack_transposed(part, keys_of(tile) + d / square * square_size);
+      pack_transposed(part, keys_of(tile) + d * square_pairs);
     });
     for_squares(rows(params_.value, params_.value_dim), used, [&](const Square& part, int64_t d) {
-      pack_interleaved(part, values_of(tile) + d / square * square_size);
+      pack_interleaved(part, values_of(tile) + d * square_pairs);
     });
   }
 
