@@ -84,7 +84,7 @@ struct QueryTile {
 struct PackedRows {
   int64_t dim;
   int64_t width;
-  Buffer<M> interleaved; // [slots][width][square_pairs], squares
+  Buffer<M> interleaved; // [slots][squares of dim][square_size]
   Buffer<M> transposed;  // the same
 
   PackedRows(int64_t dim, int64_t slots)

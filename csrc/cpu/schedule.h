@@ -99,7 +99,7 @@ struct DecodeSchedule {
   /// One task: one split of one key head.
   int64_t tasks() const { return batch_kv_heads * splits; }
   int64_t task_size() const { return rows * ceil_div(keys.size(), splits) * row; }
-  int64_t workspace_size() const { return merge_tasks() * merge_task_size(); }
+  int64_t workspace_size() const { return merge_tasks() * splits * state; }
 
   /// One task: one query of one head.
   int64_t merge_tasks() const { return batch_heads * queries; }
