@@ -1,9 +1,15 @@
 // The forward pass of few queries against many keys, as in decoding with a cache. What takes the time is reading keys
-// and values, so each is read once for all queries of the heads that share it. Vectors run along features, and along
-// keys in the softmax. The keys are cut into splits, for many cores; the splits' softmaxes are merged by their
-// references and sums.
-#include <ATen/cpu/vec/functional.h>
-
+// and values, so each is read once for all queries of the heads that share it (rows). The keys are cut into splits, for
+// many cores; the splits' softmaxes are merged by their references and sums.
+//
+//   K q: the lanes of a vector are R rows times F neighbouring features; those of a key are repeated for each row. In
+//        the end, vectors of F keys become one, whose lanes are F keys times R rows.
+//
+//          q      | row 0: d d+1 | row 1: d d+1 | . . .        F = 2
+//        x key    |        d d+1 |        d d+1 | . . .
+//          sum    |        . .   |        . .   | . . .   ->   scores   | key 0: row 0 1 . . | key 1: row 0 1 . . |
+//
+//   P V: the lanes are features, in a tile of R rows and some vectors.
 #include <cmath>
 
 #include "lanes.h"
@@ -15,237 +21,15 @@
 namespace wmha::cpu::CPU_CAPABILITY {
 namespace {
 
-template <typename T>
-class DecodeBlock {
-  using Acc = acc_type<T>;
-  static constexpr int64_t vector = Vec<Acc>::size();
-  static constexpr int64_t tile_keys = 64;  // whose scores and values stay in the first cache
-  static constexpr int64_t keys_ahead = 16; // on their way from memory
-  static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
-
- public:
-  DecodeBlock(const AttentionParams& params, const DecodeSchedule& schedule, Acc* workspace)
-      : params_(params),
-        schedule_(schedule),
-        workspace_(workspace),
-        key_width_(padded<Acc>(params.key_dim)),
-        value_width_(padded<Acc>(params.value_dim)),
-        query_(schedule.rows * key_width_),
-        output_(schedule.rows * value_width_),
-        scores_(schedule.rows * tile_keys),
-        key_rows_(vector * key_width_),
-        value_rows_(tile_keys * value_width_) {}
-
-  void run(int64_t batch, int64_t kv_head, int64_t split) {
-    const int64_t group = params_.heads / params_.kv_heads;
-    for (int64_t row = 0; row < schedule_.rows; ++row) {
-      const int64_t head = kv_head * group + row / params_.queries;
-      load_query(row, batch, head);
-      reference_[row] = -infinity;
-      sum_[row] = 0;
-    }
-    // In vectors: of std::fill_n g++ makes rep stos, which is slow to start.
-    for (int64_t i = 0; i < schedule_.rows * value_width_; i += vector) Vec<Acc>(Acc(0)).store(output_ + i);
-    const Range all{0, params_.keys()};
-    const Rows<T> all_keys = rows_of<T>(params_.key, batch, kv_head, all, params_.key_dim);
-    const Rows<T> all_values = rows_of<T>(params_.value, batch, kv_head, all, params_.value_dim);
-    const Range keys = schedule_.keys_of(split);
-    for (int64_t begin = keys.begin; begin < keys.end; begin += tile_keys) {
-      const Range tile{begin, std::min(begin + tile_keys, keys.end)};
-      compute_scores(all_keys, all_values, tile);
-      with_rows(all_values.part(tile), value_rows_, 1, [&](auto values) {
-        for (int64_t row = 0; row < schedule_.rows; ++row) {
-          const int64_t head = kv_head * group + row / params_.queries;
-          const Range seen = seen_by(row, tile);
-          compute_weights(row, batch * params_.heads + head, seen, tile);
-          add_values(row, values, {seen.begin - tile.begin, seen.end - tile.begin});
-        }
-      });
-    }
-    for (int64_t row = 0; row < schedule_.rows; ++row) {
-      const int64_t head = kv_head * group + row / params_.queries;
-      Acc* state = workspace_ + schedule_.state_offset(batch * params_.heads + head, row % params_.queries, split);
-      state[0] = reference_[row];
-      state[1] = sum_[row];
-      std::copy_n(output_ + row * value_width_, params_.value_dim, state + 2);
-    }
-  }
-
- private:
-  void load_query(int64_t row, int64_t batch, int64_t head) {
-    const ScoreTransform<Acc> transform(params_, head);
-    const T* query = at<T>(params_.query, batch, head, row % params_.queries);
-    Acc* to = query_ + row * key_width_;
-    for (int64_t d = 0; d < key_width_; ++d) {
-      to[d] = d < params_.key_dim ? transform.factor * static_cast<Acc>(query[d]) : Acc(0);
-    }
-    cap_[row] = transform.cap;
-  }
-
-  /// The keys of the tile that the row's query sees.
-  Range seen_by(int64_t row, Range tile) const {
-    const Range seen = params_.window.keys_of(row % params_.queries);
-    const int64_t begin = std::clamp(seen.begin, tile.begin, tile.end);
-    return {begin, std::clamp(seen.end, begin, tile.end)};
-  }
-
-  /// scores_[row][key], a vector of keys at a time. Meanwhile the next keys and the tile's values come from memory.
-  void compute_scores(Rows<T> all_keys, Rows<T> all_values, Range tile) {
-    for (int64_t first = tile.begin; first < tile.end; first += vector) {
-      const Range positions{first, std::min(first + vector, tile.end)};
-      with_rows(all_keys.part(positions), key_rows_, vector, [&](auto keys) {
-        for (int64_t row = 0; row < schedule_.rows; ++row) {
-          const auto fetch = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-            if (row > 0) return;
-            prefetch_first(all_keys.part({first + keys_ahead + begin, first + keys_ahead + end}));
-            prefetch_first(all_values.part({first + begin, first + end}));
-          };
-          Vec<Acc> score = multiply(query_ + row * key_width_, keys, fetch);
-          if (cap_[row] > 0) score = Vec<Acc>(cap_[row]) * score.tanh();
-          score.store(scores_ + row * tile_keys + (first - tile.begin));
-        }
-      });
-    }
-  }
-
-  /// function(rows) with the rows themselves if there are `least` of them; else, or if it's worth it since they are
-  /// read often, with a copy in the type of the arithmetic, where zeros stand for those that are missing.
-  template <typename Function>
-  void with_rows(Rows<T> rows, Acc* scratch, int64_t least, const Function& function) {
-    constexpr int64_t often = 3;
-    if (rows.count >= least && (std::is_same_v<T, Acc> || schedule_.rows < often)) {
-      function(rows);
-    } else {
-      const RowMajor<const Acc> copy = copy_rows(rows, scratch);
-      for (int64_t r = rows.count; r < least; ++r) std::fill_n(scratch + r * copy.row_stride, copy.row_stride, Acc(0));
-      function(Rows<Acc>{copy.data, copy.row_stride, rows.count, copy.row_stride});
-    }
-  }
-
-  /// Products of the query with a vector of keys, in one lane each. fetch(begin, end), meanwhile, for some keys after
-  /// others: a burst of prefetches would hold up all else.
-  template <typename Key, typename Fetch>
-  Vec<Acc> multiply(const Acc* query, Rows<Key> keys, const Fetch& fetch) {
-    constexpr int64_t at_once = 4;
-    Vec<Acc> sums[vector];
-    WMHA_UNROLL
-    for (int64_t first = 0; first < vector; first += at_once) {
-      fetch(first, first + at_once);
-      WMHA_UNROLL
-      for (int64_t k = 0; k < at_once; ++k) sums[first + k] = Vec<Acc>(Acc(0));
-      for_vectors<Acc>({0, keys.dim}, [&](int64_t d, const auto& load) __attribute__((always_inline)) {
-        const Vec<Acc> features = Vec<Acc>::loadu(query + d);
-        WMHA_UNROLL
-        for (int64_t k = first; k < first + at_once; ++k) {
-          sums[k] = at::vec::fmadd(features, load(keys.row(k) + d), sums[k]);
-        }
-      });
-    }
-    return sum_each(sums);
-  }
-
-  /// From scores to weights 2^(score - reference); moves the row's reference, sum and output along.
-  void compute_weights(int64_t row, int64_t batch_head, Range seen, Range tile) {
-    if (seen.size() == 0) return;
-    Acc* const scores = scores_ + row * tile_keys;
-    std::fill(scores, scores + (seen.begin - tile.begin), -infinity);
-    std::fill(scores + (seen.end - tile.begin), scores + tile_keys, -infinity);
-    Vec<Acc> largest(reference_[row]);
-    for (int64_t i = 0; i < tile_keys; i += vector) largest = larger(Vec<Acc>::loadu(scores + i), largest);
-    const Acc maximum = at::vec::vec_reduce_all<Acc>([](Vec<Acc> x, Vec<Acc> y) { return larger(x, y); }, largest);
-    const Acc reference = maximum == -infinity ? Acc(0) : maximum; // any finite one, while there are only -inf and NaN
-    const Acc rescale = std::exp2(reference_[row] - reference);
-    Vec<Acc> sum(Acc(0));
-    for (int64_t i = 0; i < tile_keys; i += vector) {
-      const Vec<Acc> weight = exp2(Vec<Acc>::loadu(scores + i) - Vec<Acc>(reference));
-      sum = sum + weight;
-      weight.store(scores + i);
-    }
-    sum_[row] = sum_[row] * rescale + at::vec::vec_reduce_all<Acc>([](Vec<Acc> x, Vec<Acc> y) { return x + y; }, sum);
-    reference_[row] = reference;
-    Acc* const output = output_ + row * value_width_;
-    for (int64_t d = 0; d < value_width_; d += vector)
-      (Vec<Acc>::loadu(output + d) * Vec<Acc>(rescale)).store(output + d);
-    if (params_.dropout.enabled()) drop(row, batch_head, seen, tile);
-  }
-
-  void drop(int64_t row, int64_t batch_head, Range seen, Range tile) {
-    const auto seed = static_cast<uint64_t>(params_.rng_state[0]);
-    for (int64_t key = seen.begin; key < seen.end;) {
-      const PhiloxWords counter = Dropout::counter(key, row % params_.queries, batch_head, params_.rng_state[1]);
-      const PhiloxWords words =
-          philox<Dropout::rounds>(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-      const int64_t end = std::min((key / Dropout::group + 1) * Dropout::group, seen.end);
-      for (; key < end; ++key) {
-        if (!params_.dropout.keeps(words, key)) scores_[row * tile_keys + key - tile.begin] = 0;
-      }
-    }
-  }
-
-  /// output_[row] += sum over keys of weight * value
-  template <typename Value>
-  void add_values(int64_t row, Rows<Value> values, Range keys) {
-    const auto load = [](const Value* source) { return load_as_acc(source); };
-    int64_t d = 0;
-    for (; d + 4 * vector <= values.dim; d += 4 * vector) add_columns<4>(row, values, keys, d, load);
-    for_vectors<Acc>({d, values.dim}, [&](int64_t first, const auto& load_vector) {
-      add_columns<1>(row, values, keys, first, load_vector);
-    });
-  }
-
-  /// The same for C vectors of features. Even and odd keys have sums of their own, so that the next addition needn't
-  /// wait for the last.
-  template <int C, typename Value, typename Load>
-  void add_columns(int64_t row, Rows<Value> values, Range keys, int64_t first, const Load& load) {
-    const Acc* const weights = scores_ + row * tile_keys;
-    Acc* const output = output_ + row * value_width_ + first;
-    Vec<Acc> even[C];
-    Vec<Acc> odd[C];
-    WMHA_UNROLL
-    for (int c = 0; c < C; ++c) {
-      even[c] = Vec<Acc>::loadu(output + c * vector);
-      odd[c] = Vec<Acc>(Acc(0));
-    }
-    const auto add = [&](int64_t key, Vec<Acc>(&sums)[C]) {
-      const Vec<Acc> weight(weights[key]);
-      const Value* value = values.row(key) + first;
-      WMHA_UNROLL
-      for (int c = 0; c < C; ++c) sums[c] = at::vec::fmadd(weight, load(value + c * vector), sums[c]);
-    };
-    int64_t key = keys.begin;
-    for (; key + 1 < keys.end; key += 2) {
-      add(key, even);
-      add(key + 1, odd);
-    }
-    if (key < keys.end) add(key, even);
-    WMHA_UNROLL
-    for (int c = 0; c < C; ++c) (even[c] + odd[c]).store(output + c * vector);
-  }
-
-  const AttentionParams& params_;
-  const DecodeSchedule& schedule_;
-  Acc* workspace_;
-  const int64_t key_width_;
-  const int64_t value_width_;
-  Buffer<Acc> query_;      // [rows][key_width], scaled
-  Buffer<Acc> output_;     // [rows][value_width]
-  Buffer<Acc> scores_;     // [rows][tile_keys]
-  Buffer<Acc> key_rows_;   // [vector][key_width]
-  Buffer<Acc> value_rows_; // [tile_keys][value_width]
-  Acc cap_[DecodeSchedule::most_rows];
-  Acc reference_[DecodeSchedule::most_rows];
-  Acc sum_[DecodeSchedule::most_rows];
-};
-
-/// output and logsumexp of one query, from the states of its splits.
+/// output and logsumexp of one query, from the states of its splits. sum: [value_dim], scratch.
 template <typename T>
 void merge_splits(
     const AttentionParams& params,
     const DecodeSchedule& schedule,
-    const acc_type<T>* workspace,
+    const acc_type<T>* states,
     int64_t batch_head,
     int64_t query,
-    acc_type<T>* sum) { // [value_dim], scratch
+    acc_type<T>* sum) {
   using Acc = acc_type<T>;
   constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
   const int64_t batch = batch_head / params.heads;
@@ -257,7 +41,7 @@ void merge_splits(
     logsumexp = -infinity;
     return;
   }
-  const auto state = [&](int64_t split) { return workspace + schedule.state_offset(batch_head, query, split); };
+  const auto state = [&](int64_t split) { return states + split * schedule.state; };
   Acc reference = -infinity;
   for (int64_t split = 0; split < schedule.splits; ++split) reference = std::max(reference, state(split)[0]);
   Acc total = 0;
@@ -272,16 +56,345 @@ void merge_splits(
   logsumexp = (reference + std::log2(total)) * static_cast<Acc>(ln_of_2);
 }
 
+// Vectors of sums, about half the registers.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int most_sums = 16;
+#else
+constexpr int most_sums = 8;
+#endif
+
+/// R: rows handled together, of which a vector holds a whole number.
+template <typename T, int R>
+class DecodeBlock {
+  using Acc = acc_type<T>;
+  static constexpr int vector = Vec<Acc>::size();
+  static constexpr int F = vector / R;
+  static constexpr int64_t tile_keys = 64;  // whose scores and values stay in the first cache
+  static constexpr int64_t keys_ahead = 16; // on their way from memory
+  static constexpr int keys_at_once = R == 1 ? 4 : 8;
+  static constexpr int group = std::max(F, keys_at_once); // of keys
+  static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
+
+ public:
+  DecodeBlock(const AttentionParams& params, const DecodeSchedule& schedule, Acc* workspace)
+      : params_(params),
+        schedule_(schedule),
+        workspace_(workspace),
+        rows_(round_up(schedule.rows, R)),
+        seen_by_all_{params.window.keys_of(params.queries - 1).begin, params.window.keys_of(0).end},
+        key_width_(padded<Acc>(params.key_dim)),
+        value_width_(padded<Acc>(params.value_dim)),
+        queries_(rows_ * key_width_),
+        caps_(rows_),
+        output_(rows_ * value_width_),
+        scores_(rows_ * tile_keys),
+        references_(rows_ * F),
+        sums_(rows_ * F),
+        key_rows_(group * key_width_),
+        state_(schedule.state),
+        merged_(params.value_dim) {}
+
+  void run(int64_t batch, int64_t kv_head, int64_t split) {
+    first_head_ = batch * params_.heads + kv_head * (params_.heads / params_.kv_heads);
+    for (int64_t row = 0; row < rows_; ++row) load_query(row, batch);
+    for (int64_t i = 0; i < rows_ * F; i += vector) {
+      Vec<Acc>(-infinity).store(references_ + i);
+      Vec<Acc>(Acc(0)).store(sums_ + i);
+    }
+    for (int64_t i = 0; i < rows_ * value_width_; i += vector) Vec<Acc>(Acc(0)).store(output_ + i);
+    const Range all{0, params_.keys()};
+    const Rows<T> all_keys = rows_of<T>(params_.key, batch, kv_head, all, params_.key_dim);
+    const Rows<T> all_values = rows_of<T>(params_.value, batch, kv_head, all, params_.value_dim);
+    const Range keys = schedule_.keys_of(split);
+    for (int64_t begin = keys.begin; begin < keys.end; begin += tile_keys) {
+      const Range tile{begin, std::min(begin + tile_keys, keys.end)};
+      compute_scores(all_keys, all_values, tile);
+      for (int64_t row = 0; row < rows_; row += R) {
+        const Vec<Acc> rescale = compute_weights(row, tile);
+        if (params_.dropout.enabled()) drop(row, tile);
+        add_values(row, all_values.part(tile), rescale);
+      }
+    }
+    store(split);
+  }
+
+ private:
+  /// Packs the query of a row. Rows beyond the last repeat it.
+  void load_query(int64_t row, int64_t batch) {
+    const int64_t real_row = std::min(row, schedule_.rows - 1);
+    const int64_t head = head_of(real_row) % params_.heads;
+    const ScoreTransform<Acc> transform(params_, head);
+    const T* const query = at<T>(params_.query, batch, head, query_of(real_row));
+    Acc* const features = key_rows_;
+    for_vectors<Acc>({0, params_.key_dim}, [&](int64_t d, const auto& load) {
+      (Vec<Acc>(transform.factor) * load(query + d)).store(features + d);
+    });
+    Acc* const packed = queries_ + row / R * R * key_width_ + row % R * F;
+    for (int64_t d = 0; d < key_width_; d += F) std::copy_n(features + d, F, packed + d * R);
+    caps_[row] = transform.cap;
+  }
+
+  /// batch * Hq + head
+  int64_t head_of(int64_t row) const { return first_head_ + row / params_.queries; }
+  int64_t query_of(int64_t row) const { return row % params_.queries; }
+
+  /// The keys of the tile that the row's query sees, relative to the tile.
+  Range seen_by(int64_t row, Range tile) const {
+    const Range seen = params_.window.keys_of(query_of(std::min(row, schedule_.rows - 1)));
+    const int64_t begin = std::clamp(seen.begin, tile.begin, tile.end);
+    return {begin - tile.begin, std::clamp(seen.end, begin, tile.end) - tile.begin};
+  }
+
+  /// scores_[row / R][key][row % R], a group of keys at a time. Meanwhile the next keys and the tile's values come from
+  /// memory.
+  void compute_scores(Rows<T> all_keys, Rows<T> all_values, Range tile) {
+    for (int64_t first = tile.begin; first < tile.end; first += group) {
+      const Range positions{first, std::min(first + group, tile.end)};
+      with_rows(all_keys.part(positions), [&](auto keys) {
+        for (int64_t row = 0; row < rows_; row += R) {
+          const auto fetch = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+            if (row > 0) return;
+            prefetch_first(all_keys.part({first + keys_ahead + begin, first + keys_ahead + end}));
+            prefetch_first(all_values.part({first + begin, first + end}));
+          };
+          multiply(queries_ + row * key_width_, keys, scores_ + row * tile_keys + (first - tile.begin) * R, fetch);
+        }
+      });
+    }
+  }
+
+  /// function(rows) with the rows themselves or, if they aren't whole parts of F features or are converted more than
+  /// once, a copy of them in the type of the arithmetic, with zeros at its end.
+  template <typename Function>
+  void with_rows(Rows<T> rows, const Function& function) {
+    if constexpr (R == 1) {
+      function(rows);
+    } else {
+      if constexpr (std::is_same_v<T, Acc>) {
+        if (rows.dim % F == 0) return function(rows);
+      }
+      const RowMajor<const Acc> copy = copy_rows(rows, key_rows_.data());
+      function(Rows<Acc>{copy.data, copy.row_stride, rows.count, round_up(rows.dim, F)});
+    }
+  }
+
+  /// Products of R queries and a group of keys. Keys beyond the last repeat it. fetch(begin, end), meanwhile, for some
+  /// keys after others: a burst of prefetches would hold up all else.
+  template <typename Key, typename Fetch>
+  void multiply(const Acc* queries, Rows<Key> keys, Acc* scores, const Fetch& fetch) {
+    Vec<Acc> sums[group];
+    WMHA_UNROLL
+    for (int first = 0; first < group; first += keys_at_once) {
+      fetch(first, first + keys_at_once);
+      const Key* row[keys_at_once];
+      WMHA_UNROLL
+      for (int k = 0; k < keys_at_once; ++k) {
+        row[k] = keys.row(std::min<int64_t>(first + k, keys.count - 1));
+        sums[first + k] = Vec<Acc>(Acc(0));
+      }
+      for_parts(keys.dim, [&](int64_t d, const auto& load) __attribute__((always_inline)) {
+        const Vec<Acc> features = Vec<Acc>::loadu(queries + d * R);
+        WMHA_UNROLL
+        for (int k = 0; k < keys_at_once; ++k) sums[first + k] = at::vec::fmadd(features, load(row[k] + d), sums[first + k]);
+      });
+    }
+    WMHA_UNROLL
+    for (int first = 0; first < group; first += F) {
+      sum_features<F>(sums + first).store(scores + first * R);
+    }
+  }
+
+  /// function(first, load) for each part of F features; load(row + first) repeats them for R rows.
+  template <typename Function>
+  [[gnu::always_inline]] static void for_parts(int64_t dim, const Function& function) {
+    if constexpr (R == 1) {
+      for_vectors<Acc>({0, dim}, function);
+    } else {
+      for (int64_t d = 0; d < dim; d += F) function(d, [](const Acc* source) { return load_repeated<F>(source); });
+    }
+  }
+
+  /// From scores to weights 2^(score - reference); moves the rows' references and sums along. Returns the factors of
+  /// their outputs.
+  Vec<Acc> compute_weights(int64_t row, Range tile) {
+    Acc* const scores = scores_ + row * tile_keys;
+    const int64_t count = round_up(tile.size() * R, vector);
+    if (params_.softcap > 0) cap(row, count);
+    hide_unseen(row, tile);
+    const Vec<Acc> before = Vec<Acc>::loadu(references_ + row * F);
+    Vec<Acc> largest = before;
+    for (int64_t i = 0; i < count; i += vector) largest = larger(Vec<Acc>::loadu(scores + i), largest);
+    largest = combine_lanes<R>(largest, larger<Acc>);
+    largest.store(references_ + row * F);
+    // Any finite one, while there are only -inf.
+    const Vec<Acc> reference = Vec<Acc>::blendv(largest, Vec<Acc>(Acc(0)), largest == Vec<Acc>(-infinity));
+    const Vec<Acc> rescale = exp2(before - reference);
+    Vec<Acc> sum = Vec<Acc>::loadu(sums_ + row * F) * rescale;
+    for (int64_t i = 0; i < count; i += vector) {
+      const Vec<Acc> weight = exp2(Vec<Acc>::loadu(scores + i) - reference);
+      sum = sum + weight;
+      weight.store(scores + i);
+    }
+    sum.store(sums_ + row * F);
+    return rescale;
+  }
+
+  void cap(int64_t row, int64_t count) {
+    Acc caps[vector];
+    for (int i = 0; i < vector; ++i) caps[i] = caps_[row + i % R];
+    Acc* const scores = scores_ + row * tile_keys;
+    for (int64_t i = 0; i < count; i += vector) {
+      (Vec<Acc>::loadu(caps) * Vec<Acc>::loadu(scores + i).tanh()).store(scores + i);
+    }
+  }
+
+  /// Scores of keys that a row doesn't see, and of those beyond the last, become -infinity.
+  void hide_unseen(int64_t row, Range tile) {
+    if (seen_by_all_.begin <= tile.begin && tile.end <= seen_by_all_.end && tile.size() % F == 0) return;
+    Acc* const scores = scores_ + row * tile_keys;
+    const int64_t keys = round_up(tile.size(), F);
+    for (int64_t r = 0; r < R; ++r) {
+      const Range seen = seen_by(row + r, tile);
+      for (int64_t key = 0; key < seen.begin; ++key) scores[key * R + r] = -infinity;
+      for (int64_t key = seen.end; key < keys; ++key) scores[key * R + r] = -infinity;
+    }
+  }
+
+  void drop(int64_t row, Range tile) {
+    const auto seed = static_cast<uint64_t>(params_.rng_state[0]);
+    for (int64_t r = 0; r < R && row + r < schedule_.rows; ++r) {
+      Acc* const weights = scores_ + row * tile_keys + r;
+      for (int64_t key = tile.begin; key < tile.end;) {
+        const PhiloxWords counter =
+            Dropout::counter(key, query_of(row + r), head_of(row + r), params_.rng_state[1]);
+        const PhiloxWords words =
+            philox<Dropout::rounds>(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+        const int64_t end = std::min((key / Dropout::group + 1) * Dropout::group, tile.end);
+        for (; key < end; ++key) {
+          if (!params_.dropout.keeps(words, key)) weights[(key - tile.begin) * R] = 0;
+        }
+      }
+    }
+  }
+
+  /// output_[row] = rescale * output_[row] + sum over keys of weight * value, for R rows.
+  void add_values(int64_t row, Rows<T> values, Vec<Acc> rescale) {
+    constexpr int columns = std::clamp(most_sums / R, 1, 4);
+    Acc factors[vector];
+    rescale.store(factors);
+    const auto load = [](const T* source) { return load_as_acc(source); };
+    int64_t d = 0;
+    for (; d + columns * vector <= values.dim; d += columns * vector) add_columns<columns>(row, values, factors, d, load);
+    for_vectors<Acc>({d, values.dim}, [&](int64_t first, const auto& load_vector) {
+      add_columns<1>(row, values, factors, first, load_vector);
+    });
+  }
+
+  /// The same for C vectors of features. Of a single row, even and odd keys have sums of their own, so that the next
+  /// addition needn't wait for the last.
+  template <int C, typename Load>
+  [[gnu::noinline]] void add_columns(int64_t row, Rows<T> values, const Acc* factors, int64_t first, const Load& load) {
+    constexpr int chains = R == 1 ? 2 : 1;
+    const Acc* weights = scores_ + row * tile_keys;
+    Acc* const output = output_ + row * value_width_ + first;
+    Vec<Acc> sums[chains][R][C];
+    WMHA_UNROLL
+    for (int r = 0; r < R; ++r) {
+      WMHA_UNROLL
+      for (int c = 0; c < C; ++c) {
+        sums[0][r][c] = Vec<Acc>::loadu(output + r * value_width_ + c * vector) * Vec<Acc>(factors[r]);
+        if (chains > 1) sums[chains - 1][r][c] = Vec<Acc>(Acc(0));
+      }
+    }
+    const T* value = values.data + first;
+    const auto add = [&](Vec<Acc>(&sums_of)[R][C]) {
+      Vec<Acc> column[C];
+      WMHA_UNROLL
+      for (int c = 0; c < C; ++c) column[c] = load(value + c * vector);
+      WMHA_UNROLL
+      for (int r = 0; r < R; ++r) {
+        WMHA_UNROLL
+        for (int c = 0; c < C; ++c) sums_of[r][c] = at::vec::fmadd(Vec<Acc>(weights[r]), column[c], sums_of[r][c]);
+      }
+      value += values.stride;
+      weights += R;
+    };
+    int64_t key = 0;
+    for (; key + chains <= values.count; key += chains) {
+      WMHA_UNROLL
+      for (int i = 0; i < chains; ++i) add(sums[i]);
+    }
+    if (key < values.count) add(sums[0]);
+    WMHA_UNROLL
+    for (int r = 0; r < R; ++r) {
+      WMHA_UNROLL
+      for (int c = 0; c < C; ++c) {
+        const Vec<Acc> sum = chains > 1 ? sums[0][r][c] + sums[chains - 1][r][c] : sums[0][r][c];
+        sum.store(output + r * value_width_ + c * vector);
+      }
+    }
+  }
+
+  /// Leaves the states of the rows or, where there is one split, their outputs.
+  void store(int64_t split) {
+    for (int64_t row = 0; row < rows_; row += R) {
+      const Vec<Acc> sum = Vec<Acc>::loadu(sums_ + row * F);
+      combine_lanes<R>(sum, [](Vec<Acc> x, Vec<Acc> y) { return x + y; }).store(sums_ + row * F);
+      for (int64_t r = 0; r < R && row + r < schedule_.rows; ++r) {
+        const int64_t head = head_of(row + r);
+        const int64_t query = query_of(row + r);
+        const bool is_only = schedule_.splits == 1;
+        Acc* const state = is_only ? state_.data() : workspace_ + schedule_.state_offset(head, query, split);
+        state[0] = references_[row * F + r];
+        state[1] = sums_[row * F + r];
+        std::copy_n(output_ + (row + r) * value_width_, params_.value_dim, state + 2);
+        if (is_only) merge_splits<T>(params_, schedule_, state, head, query, merged_);
+      }
+    }
+  }
+
+  const AttentionParams& params_;
+  const DecodeSchedule& schedule_;
+  Acc* workspace_;
+  const int64_t rows_; // whole blocks of R of them
+  const Range seen_by_all_;
+  const int64_t key_width_;
+  const int64_t value_width_;
+  Buffer<Acc> queries_;    // [rows / R][key_width / F][R][F], scaled
+  Buffer<Acc> caps_;       // [rows]
+  Buffer<Acc> output_;     // [rows][value_width]
+  Buffer<Acc> scores_;     // [rows / R][tile_keys][R]
+  Buffer<Acc> references_; // [rows / R][F][R], each F times
+  Buffer<Acc> sums_;       // [rows / R][F][R], to be added up
+  Buffer<Acc> key_rows_;   // [group][key_width]
+  Buffer<Acc> state_;      // of a row
+  Buffer<Acc> merged_;     // [value_dim], scratch
+  int64_t first_head_ = 0; // batch * Hq + head
+};
+
+/// function(R) with the number of rows to handle together, a constant.
+template <typename Acc, typename Function>
+void with_rows_at_once(int64_t rows, const Function& function) {
+  constexpr auto constant = [](auto rows) { return std::integral_constant<int, std::min(rows(), Vec<Acc>::size())>(); };
+  if (rows == 1) return function(std::integral_constant<int, 1>());
+  if (rows == 2) return function(constant(std::integral_constant<int, 2>()));
+  if (rows <= 4) return function(constant(std::integral_constant<int, 4>()));
+  function(constant(std::integral_constant<int, 8>()));
+}
+
 } // namespace
 
 void decode(const AttentionParams& params, const DecodeSchedule& schedule, void* workspace, Tasks& tasks) {
   with_scalar_type(params.dtype, [&](auto type) {
     using T = decltype(type);
-    DecodeBlock<T> block(params, schedule, static_cast<acc_type<T>*>(workspace));
-    tasks.for_each([&](int64_t task) {
-      const int64_t batch_kv_head = task / schedule.splits;
-      block.run(batch_kv_head / params.kv_heads, batch_kv_head % params.kv_heads, task % schedule.splits);
-    });
+    const auto run = [&](auto rows) {
+      DecodeBlock<T, rows> block(params, schedule, static_cast<acc_type<T>*>(workspace));
+      tasks.for_each([&](int64_t task) {
+        const int64_t batch_kv_head = task / schedule.splits;
+        block.run(batch_kv_head / params.kv_heads, batch_kv_head % params.kv_heads, task % schedule.splits);
+      });
+    };
+    with_rows_at_once<acc_type<T>>(schedule.rows, run);
   });
 }
 
@@ -291,8 +404,10 @@ void merge_decode(const AttentionParams& params, const DecodeSchedule& schedule,
     using Acc = acc_type<T>;
     const Buffer<Acc> sum(params.value_dim);
     tasks.for_each([&](int64_t task) {
-      merge_splits<T>(
-          params, schedule, static_cast<const Acc*>(workspace), task / params.queries, task % params.queries, sum);
+      const int64_t batch_head = task / params.queries;
+      const int64_t query = task % params.queries;
+      const Acc* const states = static_cast<const Acc*>(workspace) + schedule.state_offset(batch_head, query, 0);
+      merge_splits<T>(params, schedule, states, batch_head, query, sum);
     });
   });
 }

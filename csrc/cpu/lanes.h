@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "operands.h"
 
@@ -59,5 +61,93 @@ inline Vec<float> sum_each(const Vec<float> (&vectors)[8]) {
   return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 #endif
+
+/// vectors: F of them, lanes [row][feature], F features. Lanes [vector][row] of the result are the sums over features.
+template <int F, typename Acc>
+[[gnu::always_inline]] inline Vec<Acc> sum_features(const Vec<Acc>* vectors) {
+  if constexpr (F == 1) {
+    return vectors[0];
+  } else if constexpr (F == Vec<Acc>::size()) {
+    return sum_each(*reinterpret_cast<const Vec<Acc>(*)[F]>(vectors));
+  } else {
+    Vec<Acc> pairs[F / 2];
+    WMHA_UNROLL
+    for (int i = 0; i < F / 2; ++i) {
+      const auto [even, odd] = at::vec::deinterleave2(vectors[2 * i], vectors[2 * i + 1]);
+      pairs[i] = even + odd;
+    }
+    return sum_features<F / 2>(pairs);
+  }
+}
+
+/// Each lane of the result is those R, 2 R, ... lanes from it, combined.
+template <int R, typename Acc, typename Combine>
+Vec<Acc> combine_lanes(Vec<Acc> vector, const Combine& combine) {
+  constexpr int lanes = Vec<Acc>::size();
+  for (int distance = R; distance < lanes; distance *= 2) {
+    Acc twice[2 * lanes];
+    vector.store(twice);
+    vector.store(twice + lanes);
+    vector = combine(vector, Vec<Acc>::loadu(twice + distance));
+  }
+  return vector;
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <int R, typename Combine>
+Vec<float> combine_lanes(Vec<float> vector, const Combine& combine) {
+  if (R <= 8) vector = combine(vector, Vec<float>(_mm512_shuffle_f32x4(vector, vector, 0x4e)));
+  if (R <= 4) vector = combine(vector, Vec<float>(_mm512_shuffle_f32x4(vector, vector, 0xb1)));
+  if (R <= 2) vector = combine(vector, Vec<float>(_mm512_permute_ps(vector, 0x4e)));
+  if (R <= 1) vector = combine(vector, Vec<float>(_mm512_permute_ps(vector, 0xb1)));
+  return vector;
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+template <int R, typename Combine>
+Vec<float> combine_lanes(Vec<float> vector, const Combine& combine) {
+  if (R <= 4) vector = combine(vector, Vec<float>(_mm256_permute2f128_ps(vector, vector, 0x01)));
+  if (R <= 2) vector = combine(vector, Vec<float>(_mm256_permute_ps(vector, 0x4e)));
+  if (R <= 1) vector = combine(vector, Vec<float>(_mm256_permute_ps(vector, 0xb1)));
+  return vector;
+}
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <typename Acc>
+Vec<Acc> as_vector(__m512i bits) {
+  if constexpr (std::is_same_v<Acc, float>) return _mm512_castsi512_ps(bits);
+  if constexpr (std::is_same_v<Acc, double>) return _mm512_castsi512_pd(bits);
+}
+inline __m512i repeat(int64_t bits) { return _mm512_set1_epi64(bits); }
+inline __m512i repeat(__m128i bits) { return _mm512_broadcast_i32x4(bits); }
+inline __m512i repeat(__m256i bits) { return _mm512_broadcast_i64x4(bits); }
+#elif defined(CPU_CAPABILITY_AVX2)
+template <typename Acc>
+Vec<Acc> as_vector(__m256i bits) {
+  if constexpr (std::is_same_v<Acc, float>) return _mm256_castsi256_ps(bits);
+  if constexpr (std::is_same_v<Acc, double>) return _mm256_castsi256_pd(bits);
+}
+inline __m256i repeat(int64_t bits) { return _mm256_set1_epi64x(bits); }
+inline __m256i repeat(__m128i bits) { return _mm256_broadcastsi128_si256(bits); }
+#endif
+
+/// F elements, fewer than a vector's, repeated over its lanes.
+template <int F, typename Acc>
+[[gnu::always_inline]] inline Vec<Acc> load_repeated(const Acc* source) {
+  if constexpr (F == 1) {
+    return Vec<Acc>(*source);
+  } else {
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+    constexpr size_t bytes = F * sizeof(Acc);
+    std::conditional_t<bytes == 8, int64_t, std::conditional_t<bytes == 16, __m128i, __m256i>> elements;
+    std::memcpy(&elements, source, bytes);
+    return as_vector<Acc>(repeat(elements));
+#else
+    Acc repeated[Vec<Acc>::size()];
+    for (int i = 0; i < Vec<Acc>::size(); ++i) repeated[i] = source[i % F];
+    return Vec<Acc>::loadu(repeated);
+#endif
+  }
+}
 
 } // namespace wmha::cpu::CPU_CAPABILITY

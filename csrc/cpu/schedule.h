@@ -101,8 +101,8 @@ struct DecodeSchedule {
   int64_t task_size() const { return rows * ceil_div(keys.size(), splits) * row; }
   int64_t workspace_size() const { return merge_tasks() * splits * state; }
 
-  /// One task: one query of one head.
-  int64_t merge_tasks() const { return batch_heads * queries; }
+  /// One task: one query of one head. Where there is one split, there is nothing to merge.
+  int64_t merge_tasks() const { return splits > 1 ? batch_heads * queries : 0; }
   int64_t merge_task_size() const { return splits * state; }
 
   Range keys_of(int64_t split) const {
