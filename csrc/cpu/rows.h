@@ -287,10 +287,14 @@ RowMajor<const M> right_rows(Rows<T> rows, Range used, M* scratch) {
   }
 }
 
+/// The type in which multiplicands are moved.
+template <typename M>
+using bits_type = std::conditional_t<sizeof(M) == sizeof(double), double, float>;
+
 /// columns[d][r] = rows[r][d] for r < count and d < depth.
 template <typename M>
 void transpose(RowMajor<const M> rows, int64_t count, int64_t depth, RowMajor<M> columns) {
-  using Bits = std::conditional_t<sizeof(M) == sizeof(double), double, float>; // which are moved
+  using Bits = bits_type<M>;
   static_assert(sizeof(M) == sizeof(Bits));
   at::vec::transpose_mxn<Bits>(
       reinterpret_cast<const Bits*>(rows.data), rows.row_stride, reinterpret_cast<Bits*>(columns.data),
@@ -308,14 +312,17 @@ void pack_columns(
     int64_t lanes,
     Acc factor,
     std::type_identity_t<M>* packed) {
+  using Bits = bits_type<M>;
+  constexpr bool is_scaled = std::is_same_v<M, Acc>;
   transpose<M>(rows, count, depth, {packed, lanes});
-  for (int64_t d = 0; d < depth; ++d) {
-    M* row = packed + d * lanes;
-    std::fill(row + count, row + lanes, M{});
-    if constexpr (std::is_same_v<M, Acc>) {
-      for (int64_t lane = 0; lane < lanes; lane += Vec<Acc>::size()) {
-        (Vec<Acc>::loadu(row + lane) * Vec<Acc>(factor)).store(row + lane);
-      }
+  for (int64_t lane = 0; lane < lanes; lane += Vec<Bits>::size()) {
+    if (!is_scaled && lane + Vec<Bits>::size() <= count) continue;
+    const Vec<Bits> exists = Vec<Bits>::arange(static_cast<Bits>(lane), 1) < Vec<Bits>(static_cast<Bits>(count));
+    for (int64_t d = 0; d < depth; ++d) {
+      Bits* const place = reinterpret_cast<Bits*>(packed + d * lanes + lane);
+      Vec<Bits> column = Vec<Bits>::loadu(place) & exists;
+      if constexpr (is_scaled) column = column * Vec<Acc>(factor);
+      column.store(place);
     }
   }
 }
