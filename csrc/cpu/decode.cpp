@@ -81,7 +81,6 @@ class DecodeBlock {
         schedule_(schedule),
         workspace_(workspace),
         rows_(round_up(schedule.rows, R)),
-        seen_by_all_{params.window.keys_of(params.queries - 1).begin, params.window.keys_of(0).end},
         key_width_(padded<Acc>(params.key_dim)),
         value_width_(padded<Acc>(params.value_dim)),
         queries_(rows_ * key_width_),
@@ -250,7 +249,8 @@ class DecodeBlock {
 
   /// Scores of keys that a row doesn't see, and of those beyond the last, become -infinity.
   void hide_unseen(int64_t row, Range tile) {
-    if (seen_by_all_.begin <= tile.begin && tile.end <= seen_by_all_.end && tile.size() % F == 0) return;
+    const bool all_see = schedule_.common.begin <= tile.begin && tile.end <= schedule_.common.end;
+    if (all_see && tile.size() % F == 0) return;
     Acc* const scores = scores_ + row * tile_keys;
     const int64_t keys = round_up(tile.size(), F);
     for (int64_t r = 0; r < R; ++r) {
@@ -357,7 +357,6 @@ class DecodeBlock {
   const DecodeSchedule& schedule_;
   Acc* workspace_;
   const int64_t rows_; // whole blocks of R of them
-  const Range seen_by_all_;
   const int64_t key_width_;
   const int64_t value_width_;
   Buffer<Acc> queries_;    // [rows / R][key_width / F][R][F], scaled

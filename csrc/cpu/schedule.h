@@ -65,7 +65,7 @@ void for_blocks(const AttentionParams& params, Tasks& tasks, int64_t size, const
 /// The forward pass of few queries cuts the keys that they see into splits. Each leaves a state for each query, its
 /// softmax's reference and sum and Dv sums of values, in a workspace; merge_decode() makes one of them.
 struct DecodeSchedule {
-  static constexpr int64_t most_rows = 8;        // beyond, blocks of queries are faster
+  static constexpr int64_t most_queries = 8;     // beyond, blocks of queries are faster
   static constexpr int64_t wanted_tasks = 64;    // for many cores
   static constexpr int64_t shortest_split = 256; // keys
 
@@ -76,10 +76,11 @@ struct DecodeSchedule {
   int64_t row;   // Dk + Dv: a key and its value
   int64_t state; // elements of one
   int64_t splits;
-  Range keys; // that at least one query sees
+  Range keys;   // that at least one query sees
+  Range common; // that every query sees; its end may come before its begin
 
   static bool applies(const AttentionParams& params) {
-    return params.kv_heads > 0 && params.queries > 0 && params.heads / params.kv_heads * params.queries <= most_rows;
+    return params.kv_heads > 0 && params.queries > 0 && params.queries <= most_queries;
   }
 
   /// Precondition: applies(params).
@@ -90,7 +91,8 @@ struct DecodeSchedule {
         rows(params.heads / params.kv_heads * params.queries),
         row(params.key_dim + params.value_dim),
         state(params.value_dim + 2),
-        keys(params.window.keys_of(Range{0, params.queries})) {
+        keys(params.window.keys_of(Range{0, params.queries})),
+        common{params.window.keys_of(params.queries - 1).begin, params.window.keys_of(0).end} {
     const int64_t most = ceil_div(keys.size(), shortest_split);
     splits = std::clamp<int64_t>(
         ceil_div(wanted_tasks, std::max<int64_t>(batch_kv_heads, 1)), 1, std::max<int64_t>(most, 1));
