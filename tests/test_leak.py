@@ -13,6 +13,8 @@ CASES = [
     Case("left", queries=50, window=(4, -1)),
     Case("before_and_after", queries=40, keys=120, window=(5, 5), query_offset=30, temperature="()"),
     Case("rows_without_keys", queries=60, keys=20, window=(3, 0), query_offset=-30),
+    Case("few_queries", heads=6, kv_heads=2, queries=5, keys=150, window=(70, 1), softcap=3.0, dropout_p=0.3),
+    Case("few_queries_before_the_keys", heads=9, kv_heads=1, queries=4, keys=80, window=(3, 0), query_offset=-2),
     Case("none_seen", queries=20, keys=20, window=(3, 0), query_offset=1000, temperature="()"),
 ]
 WITH_UNSEEN_KEYS = [case for case in CASES if not visible_in(case).any(0).all()]

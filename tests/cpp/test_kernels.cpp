@@ -161,6 +161,25 @@ TEST_P(Kernels, TakeFewQueries) {
   }
 }
 
+TEST_P(Kernels, TakeAnyNumberOfQueriesWhoseHeadsShareAKey) {
+  for (int64_t queries = 1; queries <= 9; ++queries) {
+    for (const int64_t group : {1, 2, 3, 5, 16}) {
+      for (const int64_t dim : {1, 2, 4, 6, 8, 12, 16, 40}) {
+        check(
+            {.name = "few queries",
+             .heads = group,
+             .kv_heads = 1,
+             .queries = queries,
+             .key_dim = dim,
+             .value_dim = 41 - dim,
+             .left = 66,
+             .right = 0,
+             .layout = layout(dim / 2)});
+      }
+    }
+  }
+}
+
 // ---- The backward pass in several chunks ----
 
 TEST_P(Kernels, MergeTheSharesOfChunks) {
