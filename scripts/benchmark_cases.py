@@ -18,12 +18,17 @@ class Case:
     left: int  # keys seen before a query's own position; -1: all. None after it: the attention is causal.
     dropout_p: float = 0.0
     queries: int | None = None  # None: as many as keys; they are the last ones
+    shared_by: int = 1  # heads that share a key and value head
     passes: tuple[str, ...] = ("forward", "training")
     dtypes: tuple[torch.dtype, ...] = ()  # none: any
 
     @property
     def rows(self) -> int:
         return self.length if self.queries is None else self.queries
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // self.shared_by
 
     @property
     def window(self) -> tuple[int, int]:
@@ -48,23 +53,25 @@ class Case:
         if self.queries is None:
             return 0.0
         seen = min(self.length, self.rows + self.reach)
-        return 2.0 * self.batch * self.heads * seen * self.dim * dtype.itemsize
+        return 2.0 * self.batch * self.kv_heads * seen * self.dim * dtype.itemsize
 
     def inputs(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query, key, value and the output's gradient."""
         generator = torch.Generator().manual_seed(0)
 
-        def normal(positions: int) -> Tensor:
-            shape = (self.batch, self.heads, positions, self.dim)
+        def normal(heads: int, positions: int) -> Tensor:
+            shape = (self.batch, heads, positions, self.dim)
             return torch.randn(shape, generator=generator).to(device, dtype)
 
-        return normal(self.rows), normal(self.length), normal(self.length), normal(self.rows)
+        query, key, value = normal(self.heads, self.rows), *(normal(self.kv_heads, self.length) for _ in range(2))
+        return query, key, value, normal(self.heads, self.rows)
 
     def __str__(self) -> str:
         window = "causal" if self.left < 0 else f"W={self.left}"
         rows = "" if self.queries is None else f"{self.queries} of "
         dropout = f", dropout {self.dropout_p:g}" if self.dropout_p else ""
-        return f"{self.batch} x {self.heads} x {rows}{self.length} x {self.dim}, {window}{dropout}"
+        heads = f"{self.heads}" if self.shared_by == 1 else f"{self.heads} on {self.kv_heads}"
+        return f"{self.batch} x {heads} x {rows}{self.length} x {self.dim}, {window}{dropout}"
 
 
 FORWARD = ("forward",)
@@ -82,6 +89,8 @@ CPU = [
     Case("one head", 1, 1, 16384, 64, 256),
     Case("decode", 16, 16, 4096, 64, 1024, queries=1, passes=FORWARD),
     Case("decode", 1, 8, 1024, 64, -1, queries=1, passes=FORWARD),  # from the CPU's caches
+    Case("decode", 1, 32, 4096, 128, -1, queries=1, shared_by=4, passes=FORWARD),
+    Case("decode", 1, 8, 4096, 64, -1, queries=8, passes=FORWARD),
     Case("tiny", 1, 8, 16, 64, -1),
     *(Case("N", 1, 8, length, 64, 256, dtypes=(torch.float32,)) for length in LENGTHS),
     *(Case("W", 1, 8, 4096, 64, left, dtypes=(torch.float32,)) for left in WINDOWS),
@@ -107,5 +116,6 @@ QUICK = [
     Case("dense", 1, 8, 512, 64, -1),
     Case("dropout", 1, 8, 1024, 64, 128, dropout_p=0.1),
     Case("decode", 4, 8, 1024, 64, 512, queries=1, passes=FORWARD),
+    Case("decode", 1, 8, 1024, 64, 512, queries=4, shared_by=4, passes=FORWARD),
     Case("tiny", 1, 8, 16, 64, -1),
 ]

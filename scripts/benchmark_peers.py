@@ -47,15 +47,25 @@ def flex(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
 
 
 def sdpa(case: Case, dtype: torch.dtype, device: str) -> Attention | None:
-    """PyTorch's own attention where it needs no mask: causal, or one query on the part of the cache that it sees."""
+    """PyTorch's own attention where it needs no large mask: causal, or few queries on the part of the cache that they
+    see.
+    """
     if case.dropout_p:
         return None
-    if is_self_attention(case) and case.left < 0:
+    if is_self_attention(case):
+        if case.left >= 0:
+            return None
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if case.rows == 1:
-        seen = slice(case.length - case.reach - 1, None)
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen])
-    return None
+    first = max(0, case.length - case.rows - case.reach)
+    mask = None if case.rows == 1 else window_mask(case, case.rows, case.length - first, device)
+    options = {"attn_mask": mask, "enable_gqa": case.shared_by > 1}
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, first:], v[:, :, first:], **options)
+
+
+def window_mask(case: Case, queries: int, keys: int, device: str) -> Tensor:
+    """Who sees whom of the last queries and keys."""
+    back = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (back >= 0) & (back <= case.reach)
 
 
 LARGEST_MASK = 4096  # positions; longer ones take seconds a call
@@ -65,9 +75,7 @@ def sdpa_masked(case: Case, dtype: torch.dtype, device: str) -> Attention | None
     """PyTorch's own attention with the window as a mask."""
     if not is_self_attention(case) or case.left < 0 or case.dropout_p or case.length > LARGEST_MASK:
         return None
-    position = torch.arange(case.length, device=device)
-    back = position[:, None] - position
-    mask = (back >= 0) & (back <= case.left)
+    mask = window_mask(case, case.length, case.length, device)
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -28,7 +28,8 @@ def exact(case: Case, inputs: tuple[Tensor, ...], backward: bool, rng_state: Ten
         distance = position - torch.arange(keys.start, keys.stop, device=query.device)
         leaves = [query[:, :, rows], key[:, :, keys], value[:, :, keys]]
         leaves = [leaf.detach().requires_grad_(backward) for leaf in leaves]
-        scores = leaves[0] @ leaves[1].mT / math.sqrt(case.dim)
+        key_of_each, value_of_each = (leaf.repeat_interleave(case.shared_by, 1) for leaf in leaves[1:])
+        scores = leaves[0] @ key_of_each.mT / math.sqrt(case.dim)
         weights = scores.masked_fill((distance < 0) | (distance > case.reach), -torch.inf).softmax(-1)
         if rng_state is not None:
             keep = torch.ops.wmha._dropout_mask(
@@ -36,7 +37,7 @@ def exact(case: Case, inputs: tuple[Tensor, ...], backward: bool, rng_state: Ten
                 dropout_p=case.dropout_p, first_query=begin, first_key=keys.start,
             )  # fmt: skip
             weights = weights * keep / (1 - round(case.dropout_p * 65536) / 65536)
-        output = weights @ leaves[2]
+        output = weights @ value_of_each
         results[0][:, :, rows] = output.detach()
         if backward:
             gradients = torch.autograd.grad(output, leaves, grad_output[:, :, rows])
