@@ -7,6 +7,8 @@
 //   queries (rows) |  P = 2^(S - r)|
 //                  +---------------+   then, for a group of tiles, output += P V
 //
+// Where not all keys that a query sees fit the second cache, each part of them that does serves several blocks.
+//
 // The reference r of a query is the score of the first key in its window, rounded up to a whole number, so that results
 // don't depend on it. Where a sum of weights turns out too small or too large, the block is done again, with the
 // largest score of all.
@@ -14,6 +16,7 @@
 
 #include <array>
 #include <cmath>
+#include <vector>
 
 #include "dropout.h"
 #include "key_tiles.h"
@@ -31,24 +34,29 @@ using M = multiplicand_type<T>;
 
 constexpr int64_t vector = Vec<float>::size();
 constexpr int64_t tiles_at_once = 12; // a group: their weights, 2 KiB each, stay in the first cache
-static_assert(square == tile_rows && square == 2 * vector && task_queries % square == 0);
+constexpr int64_t most_blocks = 12;   // that share a part of the keys
+static_assert(square == tile_rows && square == 2 * vector && task_queries % square == 0 && most_blocks * square % task_queries == 0);
 
-/// What is kept from one block to the next.
+/// What is kept from one task to the next.
 struct Buffers {
+  PackedTiles keys;
+  const int64_t blocks; // that share a part of the keys
+  const int64_t query_width;
   const int64_t output_width;
-  Buffer<M> queries;      // [square][left_width(key_dim)], where they can't be read in place
+  Buffer<M> queries;      // [blocks][square][query_width], where they can't be read in place
   Buffer<float> products; // [square][square]
   Buffer<M> weights;      // [tiles_at_once][square][square_pairs]
-  Buffer<float> output;   // [square][output_width]
-  PackedTiles keys;
+  Buffer<float> output;   // [blocks][square][output_width]
 
   explicit Buffers(const AttentionParams& params)
-      : output_width(whole_columns<M>(params.value_dim)),
-        queries(square * left_width<M>(params.key_dim)),
+      : keys(params, tiles_at_once),
+        blocks(keys.holds_all() ? 1 : most_blocks),
+        query_width(left_width<M>(params.key_dim)),
+        output_width(whole_columns<M>(params.value_dim)),
+        queries(blocks * square * query_width),
         products(square * square),
         weights(tiles_at_once * square_size),
-        output(square * output_width),
-        keys(params, tiles_at_once) {}
+        output(blocks * square * output_width) {}
 };
 
 class ForwardBlock {
@@ -59,7 +67,8 @@ class ForwardBlock {
   static constexpr float largest_sum = int64_t{1} << 40;
 
  public:
-  ForwardBlock(const AttentionParams& params, Buffers& buffers, int64_t batch, int64_t head, Range block)
+  /// place: of the block among those that share the buffers.
+  ForwardBlock(const AttentionParams& params, Buffers& buffers, int64_t batch, int64_t head, Range block, int64_t place)
       : params_(params),
         buffers_(buffers),
         batch_(batch),
@@ -72,30 +81,38 @@ class ForwardBlock {
         transform_(params, head),
         dropout_(params, batch * params.heads + head),
         ahead_(params, batch, head, block, keys_, tiles_.size() * square_pairs),
-        queries_(left_rows<M>(rows_of<T>(params.query, batch, head, block, params.key_dim), buffers.queries)) {}
-
-  void run() {
+        queries_(left_rows<M>(
+            rows_of<T>(params.query, batch, head, block, params.key_dim),
+            buffers.queries + place * square * buffers.query_width)),
+        output_{buffers.output + place * square * buffers.output_width, buffers.output_width} {
     std::fill_n(reference_, square, 0.0f);
-    attend(/*guesses=*/true);
+    std::fill_n(sums_, square, Vec<float>(0.0f));
+  }
+
+  /// Weights and their sums, and outputs, which are sums of weights and values, of those of the tiles that the block
+  /// sees. guesses: references are yet to be found.
+  void attend(Range tiles, bool guesses = true) {
+    for_groups(tiles, [&](Range group) {
+      for_tiles(group, [&](int64_t tile, Range keys) {
+        if (guesses && visibility_.keys[block_.size() - 1].begin >= keys.begin) guess_references(keys);
+        const auto weights = reinterpret_cast<T*>(buffers_.weights + (tile - group.begin) * square_size);
+        with_flags(
+            [&](auto masked, auto drops, auto capped) { weigh<masked, drops, capped>(keys, weights); },
+            !visibility_.all_see(keys, {0, square}), params_.dropout.enabled(), transform_.cap > 0);
+      });
+      add_to_outputs(group);
+    });
+  }
+
+  /// After all tiles.
+  void finish() {
+    add_up_sums();
     if (any_is_far()) attend_again();
     store();
   }
 
  private:
-  /// Weights and their sums, and outputs, which are sums of weights and values. guesses: references are yet to be
-  /// found.
-  void attend(bool guesses) {
-    std::fill_n(sums_, square, Vec<float>(0.0f));
-    for_groups([&](Range tiles) {
-      for_tiles(tiles, [&](int64_t tile, Range keys) {
-        if (guesses && visibility_.keys[block_.size() - 1].begin >= keys.begin) guess_references(keys);
-        const auto weights = reinterpret_cast<T*>(buffers_.weights + (tile - tiles.begin) * square_size);
-        with_flags(
-            [&](auto masked, auto drops, auto capped) { weigh<masked, drops, capped>(keys, weights); },
-            !visibility_.all_see(keys, {0, square}), params_.dropout.enabled(), transform_.cap > 0);
-      });
-      add_to_outputs(tiles);
-    });
+  void add_up_sums() {
     for (int64_t row = 0; row < square; row += vector) {
       Vec<float> sums[vector];
       std::copy_n(sums_ + row, vector, sums);
@@ -104,11 +121,12 @@ class ForwardBlock {
   }
 
   template <typename Function>
-  void for_groups(const Function& function) {
-    for (int64_t begin = tiles_.begin; begin < tiles_.end; begin += tiles_at_once) {
-      const Range tiles{begin, std::min(begin + tiles_at_once, tiles_.end)};
-      buffers_.keys.pack(batch_, head_, tiles, keys_);
-      function(tiles);
+  void for_groups(Range tiles, const Function& function) {
+    const int64_t end = std::min(tiles.end, tiles_.end);
+    for (int64_t begin = std::max(tiles.begin, tiles_.begin); begin < end; begin += tiles_at_once) {
+      const Range group{begin, std::min(begin + tiles_at_once, end)};
+      buffers_.keys.pack(batch_, head_, group, keys_);
+      function(group);
     }
   }
 
@@ -212,15 +230,14 @@ class ForwardBlock {
   }
 
   void add_to_outputs(Range tiles) {
-    const RowMajor<float> output{buffers_.output, buffers_.output_width};
     for (int64_t d = 0; d < buffers_.output_width; d += square) {
-      tiles.begin == tiles_.begin ? clear_sums() : load_sums(output, d);
+      tiles.begin == tiles_.begin ? clear_sums() : load_sums(output_, d);
       for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
         const M* const weights = buffers_.weights + (tile - tiles.begin) * square_size;
         const M* const values = buffers_.keys.values_of(tile) + d * square_pairs;
         multiply_add({weights, square_pairs}, values);
       }
-      store_sums(output, d);
+      store_sums(output_, d);
     }
   }
 
@@ -240,11 +257,14 @@ class ForwardBlock {
   [[gnu::noinline]] void attend_again() {
     alignas(64) float largest[square];
     std::fill_n(largest, square, -infinity);
-    for_groups([&](Range tiles) { for_tiles(tiles, [&](int64_t, Range keys) { find_largest(keys, largest); }); });
+    buffers_.keys.forget(); // later blocks have cleared what they don't see
+    for_groups(tiles_, [&](Range group) { for_tiles(group, [&](int64_t, Range keys) { find_largest(keys, largest); }); });
     for (int64_t row = 0; row < square; ++row) {
       if (is_far(row)) reference_[row] = largest[row] > -infinity ? std::ceil(largest[row]) : 0;
     }
-    attend(/*guesses=*/false);
+    std::fill_n(sums_, square, Vec<float>(0.0f));
+    attend(tiles_, /*guesses=*/false);
+    add_up_sums();
   }
 
   void store() const {
@@ -264,8 +284,7 @@ class ForwardBlock {
       if (visibility_.keys[row].size() == 0) {
         std::fill_n(target, params_.value_dim, T(0));
       } else {
-        const float* const output = buffers_.output + row * buffers_.output_width;
-        store_row(output, params_.value_dim, factors[row], target);
+        store_row(output_.row(row), params_.value_dim, factors[row], target);
       }
     }
   }
@@ -283,6 +302,7 @@ class ForwardBlock {
   DropoutRows dropout_;
   LookAhead<T, 4> ahead_;
   const RowMajor<const M> queries_;
+  const RowMajor<float> output_;
   // Of each query:
   alignas(64) float reference_[square];
   Vec<float> sums_[square]; // of the weights, in each lane
@@ -294,8 +314,19 @@ class ForwardBlock {
 void forward(const AttentionParams& params, Tasks& tasks) {
   const TileRegisters registers;
   Buffers buffers(params);
-  for_blocks(params, tasks, square, [&](int64_t batch, int64_t head, Range block) {
-    ForwardBlock(params, buffers, batch, head, block).run();
+  const KeyTiles key_tiles(params.window);
+  std::vector<ForwardBlock> blocks;
+  for_blocks(params, tasks, buffers.blocks * square, [&](int64_t batch, int64_t head, Range queries) {
+    blocks.clear();
+    for (int64_t first = queries.begin; first < queries.end; first += square) {
+      const Range block{first, std::min(first + square, queries.end)};
+      blocks.emplace_back(params, buffers, batch, head, block, static_cast<int64_t>(blocks.size()));
+    }
+    const Range tiles = key_tiles.of(params.window.keys_of(queries));
+    for (int64_t begin = tiles.begin; begin < tiles.end; begin += buffers.keys.size()) {
+      for (ForwardBlock& block : blocks) block.attend({begin, begin + buffers.keys.size()});
+    }
+    for (ForwardBlock& block : blocks) block.finish();
   });
 }
 

@@ -42,15 +42,21 @@ class PackedTiles {
   using M = BFloat16Pair;
 
  public:
-  /// Room for `least` tiles, and for all that a block sees if they fit the second cache.
+  /// Room for all tiles that 32 queries see or, if these don't fit the second cache, for those that do, but for `least`.
   PackedTiles(const AttentionParams& params, int64_t least)
       : params_(params),
         tiles_(params.window),
         key_size_(steps<M>(params.key_dim) * square),
         value_width_(whole_columns<M>(params.value_dim)),
-        slots_(slots(params, least)),
+        seen_(most_key_tiles(params, 1)),
+        slots_(std::min(seen_, std::max(least, most_bytes / tile_bytes()))),
         keys_(slots_ * key_size_),
         values_(slots_ * value_size()) {}
+
+  /// Tiles that it has room for.
+  int64_t size() const { return slots_; }
+  /// Are these all that 32 queries see?
+  bool holds_all() const { return slots_ == seen_; }
 
   /// Packs tiles, as many as there is room for, unless they are. Of keys that aren't in sight, they hold zeros.
   void pack(int64_t batch, int64_t head, Range tiles, Range in_sight) {
@@ -63,6 +69,9 @@ class PackedTiles {
     clear_values(tiles.begin, in_sight.begin - tiles_.keys_of(tiles.begin).begin);
   }
 
+  /// Tiles are packed anew.
+  void forget() { batch_head_ = -1; }
+
   /// The right operand of Q K^T.
   M* keys_of(int64_t tile) const { return keys_ + tile % slots_ * key_size_; }
   /// The right operands of P V, one for 32 features.
@@ -73,11 +82,7 @@ class PackedTiles {
 
   int64_t value_size() const { return square_pairs * value_width_; }
 
-  int64_t slots(const AttentionParams& params, int64_t least) const {
-    const int64_t most = most_key_tiles(params, 1);
-    const auto bytes = static_cast<int64_t>(most * (key_size_ + value_size()) * sizeof(M));
-    return bytes <= most_bytes ? most : std::min(most, least);
-  }
+  int64_t tile_bytes() const { return static_cast<int64_t>((key_size_ + value_size()) * sizeof(M)); }
 
   void pack(int64_t batch, int64_t kv_head, int64_t tile, Range in_sight) {
     const Range all = tiles_.keys_of(tile);
@@ -107,6 +112,7 @@ class PackedTiles {
   const KeyTiles tiles_;
   const int64_t key_size_; // of a tile
   const int64_t value_width_;
+  const int64_t seen_; // tiles, by 32 queries, at most
   const int64_t slots_;
   Buffer<M> keys_;   // [slots][squares of key_dim][square_size]
   Buffer<M> values_; // [slots][squares of value_dim][square_size]

@@ -17,12 +17,18 @@ class Tasks {
  public:
   Tasks(int64_t begin, int64_t end, int64_t run = 1) : next_(begin), end_(end), run_(run) {}
 
+  /// function(run) until no task is left.
+  template <typename Function>
+  void for_runs(const Function& function) {
+    for (Range run = take(); run.size() > 0; run = take()) function(run);
+  }
+
   /// function(task) until no task is left.
   template <typename Function>
   void for_each(const Function& function) {
-    for (Range run = take(); run.size() > 0; run = take()) {
+    for_runs([&](Range run) {
       for (int64_t task = run.begin; task < run.end; ++task) function(task);
-    }
+    });
   }
 
  private:
@@ -48,16 +54,21 @@ inline int64_t forward_task_size(const AttentionParams& params) {
   return queries * params.window.most_keys(queries) * (params.key_dim + params.value_dim);
 }
 
-/// function(batch, head, block) for blocks of `size` queries, which divides task_queries, until no task is left.
+/// function(batch, head, block) until no task is left. Blocks of a run are `size` queries long, or what is left at its
+/// end or the head's; size: a divisor or a multiple of task_queries.
 template <typename Function>
 void for_blocks(const AttentionParams& params, Tasks& tasks, int64_t size, const Function& function) {
   const int64_t tasks_of_head = ceil_div(params.queries, task_queries);
-  tasks.for_each([&](int64_t task) {
-    const int64_t batch_head = task / tasks_of_head;
-    const int64_t begin = task % tasks_of_head * task_queries;
-    const int64_t end = std::min(begin + task_queries, params.queries);
-    for (int64_t first = begin; first < end; first += size) {
-      function(batch_head / params.heads, batch_head % params.heads, Range{first, std::min(first + size, end)});
+  tasks.for_runs([&](Range run) {
+    while (run.size() > 0) {
+      const int64_t batch_head = run.begin / tasks_of_head;
+      const int64_t first_task = batch_head * tasks_of_head;
+      const int64_t end_task = std::min(run.end, first_task + tasks_of_head);
+      const int64_t end = std::min((end_task - first_task) * task_queries, params.queries);
+      for (int64_t first = (run.begin - first_task) * task_queries; first < end; first += size) {
+        function(batch_head / params.heads, batch_head % params.heads, Range{first, std::min(first + size, end)});
+      }
+      run.begin = end_task;
     }
   });
 }
