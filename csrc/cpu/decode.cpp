@@ -194,13 +194,12 @@ class DecodeBlock {
       for_parts(keys.dim, [&](int64_t d, const auto& load) __attribute__((always_inline)) {
         const Vec<Acc> features = Vec<Acc>::loadu(queries + d * R);
         WMHA_UNROLL
-        for (int k = 0; k < keys_at_once; ++k) sums[first + k] = at::vec::fmadd(features, load(row[k] + d), sums[first + k]);
+        for (int k = 0; k < keys_at_once; ++k)
+          sums[first + k] = at::vec::fmadd(features, load(row[k] + d), sums[first + k]);
       });
     }
     WMHA_UNROLL
-    for (int first = 0; first < group; first += F) {
-      sum_features<F>(sums + first).store(scores + first * R);
-    }
+    for (int first = 0; first < group; first += F) { sum_features<F>(sums + first).store(scores + first * R); }
   }
 
   /// function(first, load) for each part of F features; load(row + first) repeats them for R rows.
@@ -265,8 +264,7 @@ class DecodeBlock {
     for (int64_t r = 0; r < R && row + r < schedule_.rows; ++r) {
       Acc* const weights = scores_ + row * tile_keys + r;
       for (int64_t key = tile.begin; key < tile.end;) {
-        const PhiloxWords counter =
-            Dropout::counter(key, query_of(row + r), head_of(row + r), params_.rng_state[1]);
+        const PhiloxWords counter = Dropout::counter(key, query_of(row + r), head_of(row + r), params_.rng_state[1]);
         const PhiloxWords words =
             philox<Dropout::rounds>(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
         const int64_t end = std::min((key / Dropout::group + 1) * Dropout::group, tile.end);
@@ -284,7 +282,8 @@ class DecodeBlock {
     rescale.store(factors);
     const auto load = [](const T* source) { return load_as_acc(source); };
     int64_t d = 0;
-    for (; d + columns * vector <= values.dim; d += columns * vector) add_columns<columns>(row, values, factors, d, load);
+    for (; d + columns * vector <= values.dim; d += columns * vector)
+      add_columns<columns>(row, values, factors, d, load);
     for_vectors<Acc>({d, values.dim}, [&](int64_t first, const auto& load_vector) {
       add_columns<1>(row, values, factors, first, load_vector);
     });

@@ -35,7 +35,9 @@ using M = multiplicand_type<T>;
 constexpr int64_t vector = Vec<float>::size();
 constexpr int64_t tiles_at_once = 12; // a group: their weights, 2 KiB each, stay in the first cache
 constexpr int64_t most_blocks = 12;   // that share a part of the keys
-static_assert(square == tile_rows && square == 2 * vector && task_queries % square == 0 && most_blocks * square % task_queries == 0);
+static_assert(
+    square == tile_rows && square == 2 * vector && task_queries % square == 0 &&
+    most_blocks * square % task_queries == 0);
 
 /// What is kept from one task to the next.
 struct Buffers {
@@ -81,9 +83,10 @@ class ForwardBlock {
         transform_(params, head),
         dropout_(params, batch * params.heads + head),
         ahead_(params, batch, head, block, keys_, tiles_.size() * square_pairs),
-        queries_(left_rows<M>(
-            rows_of<T>(params.query, batch, head, block, params.key_dim),
-            buffers.queries + place * square * buffers.query_width)),
+        queries_(
+            left_rows<M>(
+                rows_of<T>(params.query, batch, head, block, params.key_dim),
+                buffers.queries + place * square * buffers.query_width)),
         output_{buffers.output + place * square * buffers.output_width, buffers.output_width} {
     std::fill_n(reference_, square, 0.0f);
     std::fill_n(sums_, square, Vec<float>(0.0f));
@@ -258,7 +261,8 @@ class ForwardBlock {
     alignas(64) float largest[square];
     std::fill_n(largest, square, -infinity);
     buffers_.keys.forget(); // later blocks have cleared what they don't see
-    for_groups(tiles_, [&](Range group) { for_tiles(group, [&](int64_t, Range keys) { find_largest(keys, largest); }); });
+    for_groups(
+        tiles_, [&](Range group) { for_tiles(group, [&](int64_t, Range keys) { find_largest(keys, largest); }); });
     for (int64_t row = 0; row < square; ++row) {
       if (is_far(row)) reference_[row] = largest[row] > -infinity ? std::ceil(largest[row]) : 0;
     }

@@ -42,7 +42,8 @@ class PackedTiles {
   using M = BFloat16Pair;
 
  public:
-  /// Room for all tiles that 32 queries see or, if these don't fit the second cache, for those that do, but for `least`.
+  /// Room for all tiles that 32 queries see or, if these don't fit the second cache, for those that do, but for
+  /// `least`.
   PackedTiles(const AttentionParams& params, int64_t least)
       : params_(params),
         tiles_(params.window),

@@ -113,35 +113,38 @@ Vec<float> combine_lanes(Vec<float> vector, const Combine& combine) {
 #endif
 
 #if defined(CPU_CAPABILITY_AVX512)
-template <typename Acc>
-Vec<Acc> as_vector(__m512i bits) {
-  if constexpr (std::is_same_v<Acc, float>) return _mm512_castsi512_ps(bits);
-  if constexpr (std::is_same_v<Acc, double>) return _mm512_castsi512_pd(bits);
+/// So many bytes, 8, 16 or 32, repeated over a register.
+template <size_t bytes>
+__m512i repeat_bytes(const void* source) {
+  if constexpr (bytes == 16) return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(source)));
+  if constexpr (bytes == 32) return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(source)));
+  int64_t bits;
+  std::memcpy(&bits, source, sizeof(bits));
+  return _mm512_set1_epi64(bits);
 }
-inline __m512i repeat(int64_t bits) { return _mm512_set1_epi64(bits); }
-inline __m512i repeat(__m128i bits) { return _mm512_broadcast_i32x4(bits); }
-inline __m512i repeat(__m256i bits) { return _mm512_broadcast_i64x4(bits); }
+inline Vec<float> as_vector(__m512i bits, float /*type*/) { return _mm512_castsi512_ps(bits); }
+inline Vec<double> as_vector(__m512i bits, double /*type*/) { return _mm512_castsi512_pd(bits); }
 #elif defined(CPU_CAPABILITY_AVX2)
-template <typename Acc>
-Vec<Acc> as_vector(__m256i bits) {
-  if constexpr (std::is_same_v<Acc, float>) return _mm256_castsi256_ps(bits);
-  if constexpr (std::is_same_v<Acc, double>) return _mm256_castsi256_pd(bits);
+/// So many bytes, 8 or 16, repeated over a register.
+template <size_t bytes>
+__m256i repeat_bytes(const void* source) {
+  if constexpr (bytes == 16) return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(source)));
+  int64_t bits;
+  std::memcpy(&bits, source, sizeof(bits));
+  return _mm256_set1_epi64x(bits);
 }
-inline __m256i repeat(int64_t bits) { return _mm256_set1_epi64x(bits); }
-inline __m256i repeat(__m128i bits) { return _mm256_broadcastsi128_si256(bits); }
+inline Vec<float> as_vector(__m256i bits, float /*type*/) { return _mm256_castsi256_ps(bits); }
+inline Vec<double> as_vector(__m256i bits, double /*type*/) { return _mm256_castsi256_pd(bits); }
 #endif
 
 /// F elements, fewer than a vector's, repeated over its lanes.
 template <int F, typename Acc>
-[[gnu::always_inline]] inline Vec<Acc> load_repeated(const Acc* source) {
+Vec<Acc> load_repeated(const Acc* source) {
   if constexpr (F == 1) {
     return Vec<Acc>(*source);
   } else {
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-    constexpr size_t bytes = F * sizeof(Acc);
-    std::conditional_t<bytes == 8, int64_t, std::conditional_t<bytes == 16, __m128i, __m256i>> elements;
-    std::memcpy(&elements, source, bytes);
-    return as_vector<Acc>(repeat(elements));
+    return as_vector(repeat_bytes<F * sizeof(Acc)>(source), Acc());
 #else
     Acc repeated[Vec<Acc>::size()];
     for (int i = 0; i < Vec<Acc>::size(); ++i) repeated[i] = source[i % F];

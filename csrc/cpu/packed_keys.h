@@ -71,7 +71,7 @@ class PackedKeys {
       : dim_(dim),
         all_keys_(all_keys),
         group_size_(Form::group_size(dim)),
-        capacity_(bytes(most_keys) <= most_bytes ? 2 * most_keys : key_block),
+        capacity_(bytes(most_keys) <= most_bytes ? std::min(2 * most_keys, all_keys) : key_block),
         packed_((ceil_div(capacity_, Form::group) + Form::overread) * group_size_) {}
 
   /// The keys of `tile` of one head, packed or where they are. The tile may begin before the first key of `seen`, with
@@ -101,8 +101,8 @@ class PackedKeys {
   }
 
  private:
-  // Beyond, what was packed for one block would not be in the second cache for the next.
-  static constexpr int64_t most_bytes = int64_t{512} * 1024;
+  // Beyond, memory is spared: keys are packed anew for each block, which takes a tenth of the time.
+  static constexpr int64_t most_bytes = int64_t{2} << 20;
 
   int64_t bytes(int64_t keys) const { return ceil_div(keys, Form::group) * group_size_ * sizeof(M); }
   bool starts_group(int64_t key) const { return (key - first_) % Form::group == 0; }
