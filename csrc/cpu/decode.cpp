@@ -58,21 +58,21 @@ void merge_splits(
 
 // Vectors of sums, about half the registers.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int most_sums = 16;
+constexpr int64_t most_sums = 16;
 #else
-constexpr int most_sums = 8;
+constexpr int64_t most_sums = 8;
 #endif
 
 /// R: rows handled together, of which a vector holds a whole number.
-template <typename T, int R>
+template <typename T, int64_t R>
 class DecodeBlock {
   using Acc = acc_type<T>;
-  static constexpr int vector = Vec<Acc>::size();
-  static constexpr int F = vector / R;
+  static constexpr int64_t vector = Vec<Acc>::size();
+  static constexpr int64_t F = vector / R;
   static constexpr int64_t tile_keys = 64;  // whose scores and values stay in the first cache
   static constexpr int64_t keys_ahead = 16; // on their way from memory
-  static constexpr int keys_at_once = R == 1 ? 4 : 8;
-  static constexpr int group = std::max(F, keys_at_once); // of keys
+  static constexpr int64_t keys_at_once = R == 1 ? 4 : 8;
+  static constexpr int64_t group = std::max(F, keys_at_once); // of keys
   static constexpr Acc infinity = std::numeric_limits<Acc>::infinity();
 
  public:
@@ -183,23 +183,23 @@ class DecodeBlock {
   void multiply(const Acc* queries, Rows<Key> keys, Acc* scores, const Fetch& fetch) {
     Vec<Acc> sums[group];
     WMHA_UNROLL
-    for (int first = 0; first < group; first += keys_at_once) {
+    for (int64_t first = 0; first < group; first += keys_at_once) {
       fetch(first, first + keys_at_once);
       const Key* row[keys_at_once];
       WMHA_UNROLL
-      for (int k = 0; k < keys_at_once; ++k) {
-        row[k] = keys.row(std::min<int64_t>(first + k, keys.count - 1));
+      for (int64_t k = 0; k < keys_at_once; ++k) {
+        row[k] = keys.row(std::min(first + k, keys.count - 1));
         sums[first + k] = Vec<Acc>(Acc(0));
       }
       for_parts(keys.dim, [&](int64_t d, const auto& load) __attribute__((always_inline)) {
         const Vec<Acc> features = Vec<Acc>::loadu(queries + d * R);
         WMHA_UNROLL
-        for (int k = 0; k < keys_at_once; ++k)
+        for (int64_t k = 0; k < keys_at_once; ++k)
           sums[first + k] = at::vec::fmadd(features, load(row[k] + d), sums[first + k]);
       });
     }
     WMHA_UNROLL
-    for (int first = 0; first < group; first += F) { sum_features<F>(sums + first).store(scores + first * R); }
+    for (int64_t first = 0; first < group; first += F) { sum_features<F>(sums + first).store(scores + first * R); }
   }
 
   /// function(first, load) for each part of F features; load(row + first) repeats them for R rows.
@@ -239,7 +239,7 @@ class DecodeBlock {
 
   void cap(int64_t row, int64_t count) {
     Acc caps[vector];
-    for (int i = 0; i < vector; ++i) caps[i] = caps_[row + i % R];
+    for (int64_t i = 0; i < vector; ++i) caps[i] = caps_[row + i % R];
     Acc* const scores = scores_ + row * tile_keys;
     for (int64_t i = 0; i < count; i += vector) {
       (Vec<Acc>::loadu(caps) * Vec<Acc>::loadu(scores + i).tanh()).store(scores + i);
@@ -277,7 +277,7 @@ class DecodeBlock {
 
   /// output_[row] = rescale * output_[row] + sum over keys of weight * value, for R rows.
   void add_values(int64_t row, Rows<T> values, Vec<Acc> rescale) {
-    constexpr int columns = std::clamp(most_sums / R, 1, 4);
+    constexpr int64_t columns = std::clamp<int64_t>(most_sums / R, 1, 4);
     Acc factors[vector];
     rescale.store(factors);
     const auto load = [](const T* source) { return load_as_acc(source); };
@@ -291,16 +291,16 @@ class DecodeBlock {
 
   /// The same for C vectors of features. Of a single row, even and odd keys have sums of their own, so that the next
   /// addition needn't wait for the last.
-  template <int C, typename Load>
+  template <int64_t C, typename Load>
   [[gnu::noinline]] void add_columns(int64_t row, Rows<T> values, const Acc* factors, int64_t first, const Load& load) {
-    constexpr int chains = R == 1 ? 2 : 1;
+    constexpr int64_t chains = R == 1 ? 2 : 1;
     const Acc* weights = scores_ + row * tile_keys;
     Acc* const output = output_ + row * value_width_ + first;
     Vec<Acc> sums[chains][R][C];
     WMHA_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int64_t r = 0; r < R; ++r) {
       WMHA_UNROLL
-      for (int c = 0; c < C; ++c) {
+      for (int64_t c = 0; c < C; ++c) {
         sums[0][r][c] = Vec<Acc>::loadu(output + r * value_width_ + c * vector) * Vec<Acc>(factors[r]);
         if (chains > 1) sums[chains - 1][r][c] = Vec<Acc>(Acc(0));
       }
@@ -309,11 +309,11 @@ class DecodeBlock {
     const auto add = [&](Vec<Acc>(&sums_of)[R][C]) {
       Vec<Acc> column[C];
       WMHA_UNROLL
-      for (int c = 0; c < C; ++c) column[c] = load(value + c * vector);
+      for (int64_t c = 0; c < C; ++c) column[c] = load(value + c * vector);
       WMHA_UNROLL
-      for (int r = 0; r < R; ++r) {
+      for (int64_t r = 0; r < R; ++r) {
         WMHA_UNROLL
-        for (int c = 0; c < C; ++c) sums_of[r][c] = at::vec::fmadd(Vec<Acc>(weights[r]), column[c], sums_of[r][c]);
+        for (int64_t c = 0; c < C; ++c) sums_of[r][c] = at::vec::fmadd(Vec<Acc>(weights[r]), column[c], sums_of[r][c]);
       }
       value += values.stride;
       weights += R;
@@ -321,13 +321,13 @@ class DecodeBlock {
     int64_t key = 0;
     for (; key + chains <= values.count; key += chains) {
       WMHA_UNROLL
-      for (int i = 0; i < chains; ++i) add(sums[i]);
+      for (int64_t i = 0; i < chains; ++i) add(sums[i]);
     }
     if (key < values.count) add(sums[0]);
     WMHA_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int64_t r = 0; r < R; ++r) {
       WMHA_UNROLL
-      for (int c = 0; c < C; ++c) {
+      for (int64_t c = 0; c < C; ++c) {
         const Vec<Acc> sum = chains > 1 ? sums[0][r][c] + sums[chains - 1][r][c] : sums[0][r][c];
         sum.store(output + r * value_width_ + c * vector);
       }
@@ -373,11 +373,13 @@ class DecodeBlock {
 /// function(R) with the number of rows to handle together, a constant.
 template <typename Acc, typename Function>
 void with_rows_at_once(int64_t rows, const Function& function) {
-  constexpr auto constant = [](auto rows) { return std::integral_constant<int, std::min(rows(), Vec<Acc>::size())>(); };
-  if (rows == 1) return function(std::integral_constant<int, 1>());
-  if (rows == 2) return function(constant(std::integral_constant<int, 2>()));
-  if (rows <= 4) return function(constant(std::integral_constant<int, 4>()));
-  function(constant(std::integral_constant<int, 8>()));
+  const auto with = [&](auto rows) {
+    function(std::integral_constant<int64_t, std::min<int64_t>(rows(), Vec<Acc>::size())>());
+  };
+  if (rows == 1) return with(std::integral_constant<int64_t, 1>());
+  if (rows == 2) return with(std::integral_constant<int64_t, 2>());
+  if (rows <= 4) return with(std::integral_constant<int64_t, 4>());
+  with(std::integral_constant<int64_t, 8>());
 }
 
 } // namespace

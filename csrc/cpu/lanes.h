@@ -63,7 +63,7 @@ inline Vec<float> sum_each(const Vec<float> (&vectors)[8]) {
 #endif
 
 /// vectors: F of them, lanes [row][feature], F features. Lanes [vector][row] of the result are the sums over features.
-template <int F, typename Acc>
+template <int64_t F, typename Acc>
 [[gnu::always_inline]] inline Vec<Acc> sum_features(const Vec<Acc>* vectors) {
   if constexpr (F == 1) {
     return vectors[0];
@@ -72,7 +72,7 @@ template <int F, typename Acc>
   } else {
     Vec<Acc> pairs[F / 2];
     WMHA_UNROLL
-    for (int i = 0; i < F / 2; ++i) {
+    for (int64_t i = 0; i < F / 2; ++i) {
       const auto [even, odd] = at::vec::deinterleave2(vectors[2 * i], vectors[2 * i + 1]);
       pairs[i] = even + odd;
     }
@@ -81,10 +81,10 @@ template <int F, typename Acc>
 }
 
 /// Each lane of the result is those R, 2 R, ... lanes from it, combined.
-template <int R, typename Acc, typename Combine>
+template <int64_t R, typename Acc, typename Combine>
 Vec<Acc> combine_lanes(Vec<Acc> vector, const Combine& combine) {
-  constexpr int lanes = Vec<Acc>::size();
-  for (int distance = R; distance < lanes; distance *= 2) {
+  constexpr int64_t lanes = Vec<Acc>::size();
+  for (int64_t distance = R; distance < lanes; distance *= 2) {
     Acc twice[2 * lanes];
     vector.store(twice);
     vector.store(twice + lanes);
@@ -94,7 +94,7 @@ Vec<Acc> combine_lanes(Vec<Acc> vector, const Combine& combine) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-template <int R, typename Combine>
+template <int64_t R, typename Combine>
 Vec<float> combine_lanes(Vec<float> vector, const Combine& combine) {
   if (R <= 8) vector = combine(vector, Vec<float>(_mm512_shuffle_f32x4(vector, vector, 0x4e)));
   if (R <= 4) vector = combine(vector, Vec<float>(_mm512_shuffle_f32x4(vector, vector, 0xb1)));
@@ -103,7 +103,7 @@ Vec<float> combine_lanes(Vec<float> vector, const Combine& combine) {
   return vector;
 }
 #elif defined(CPU_CAPABILITY_AVX2)
-template <int R, typename Combine>
+template <int64_t R, typename Combine>
 Vec<float> combine_lanes(Vec<float> vector, const Combine& combine) {
   if (R <= 4) vector = combine(vector, Vec<float>(_mm256_permute2f128_ps(vector, vector, 0x01)));
   if (R <= 2) vector = combine(vector, Vec<float>(_mm256_permute_ps(vector, 0x4e)));
@@ -138,7 +138,7 @@ inline Vec<double> as_vector(__m256i bits, double /*type*/) { return _mm256_cast
 #endif
 
 /// F elements, fewer than a vector's, repeated over its lanes.
-template <int F, typename Acc>
+template <int64_t F, typename Acc>
 Vec<Acc> load_repeated(const Acc* source) {
   if constexpr (F == 1) {
     return Vec<Acc>(*source);
@@ -147,7 +147,7 @@ Vec<Acc> load_repeated(const Acc* source) {
     return as_vector(repeat_bytes<F * sizeof(Acc)>(source), Acc());
 #else
     Acc repeated[Vec<Acc>::size()];
-    for (int i = 0; i < Vec<Acc>::size(); ++i) repeated[i] = source[i % F];
+    for (int64_t i = 0; i < Vec<Acc>::size(); ++i) repeated[i] = source[i % F];
     return Vec<Acc>::loadu(repeated);
 #endif
   }
