@@ -46,8 +46,13 @@ void run_tasks(int64_t count, int64_t task_size, const Kernel& kernel) {
   constexpr int64_t least_size = 1 << 17; // of a run: 2 us, it takes one to start a thread
   const int64_t least_run = ceil_div(least_size, std::max<int64_t>(task_size, 1));
   const int64_t threads = std::min<int64_t>(ceil_div(count, least_run), at::get_num_threads());
-  cpu::Tasks tasks(0, count, std::max(least_run, count / (threads * runs)));
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { kernel(tasks); });
+  cpu::TaskQueues queues({0, count}, std::max(least_run, count / (threads * runs)), threads);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      cpu::Tasks tasks(queues, thread);
+      kernel(tasks);
+    }
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 
@@ -12,15 +13,54 @@ namespace wmha::cpu {
 /// Queries of a task of the forward pass. A kernel cuts them into blocks, of which this is a multiple.
 constexpr int64_t task_queries = 96;
 
-/// The tasks [begin, end), handed out in runs of neighbours, each task once, to any number of threads.
+/// Tasks, handed out in runs of neighbours, each task once. Each thread has an equal share of them in a queue of its
+/// own, the same in every call: what it reads is likely to be in its core's caches. When a queue is empty, its thread
+/// helps the others.
+class TaskQueues {
+ public:
+  TaskQueues(Range tasks, int64_t run, int64_t threads) : run_(run), size_(std::min(threads, most)) {
+    for (int64_t i = 0; i < size_; ++i) {
+      queues_[i].next = tasks.begin + tasks.size() * i / size_;
+      queues_[i].end = tasks.begin + tasks.size() * (i + 1) / size_;
+    }
+  }
+
+  /// function(run) until no task is left, on the given one of the threads.
+  template <typename Function>
+  void for_runs(int64_t thread, const Function& function) {
+    for (int64_t i = 0; i < size_; ++i) {
+      Queue& queue = queues_[(thread + i) % size_];
+      for (Range run = take(queue); run.size() > 0; run = take(queue)) function(run);
+    }
+  }
+
+ private:
+  static constexpr int64_t most = 64;
+  struct alignas(64) Queue { // on a cache line of its own
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  /// The next run; empty when none is left.
+  Range take(Queue& queue) const {
+    const int64_t begin = std::min(queue.next.fetch_add(run_, std::memory_order_relaxed), queue.end);
+    return {begin, std::min(begin + run_, queue.end)};
+  }
+
+  const int64_t run_;
+  const int64_t size_;
+  std::array<Queue, most> queues_;
+};
+
+/// The tasks, as one thread sees them.
 class Tasks {
  public:
-  Tasks(int64_t begin, int64_t end, int64_t run = 1) : next_(begin), end_(end), run_(run) {}
+  Tasks(TaskQueues& queues, int64_t thread) : queues_(queues), thread_(thread) {}
 
   /// function(run) until no task is left.
   template <typename Function>
   void for_runs(const Function& function) {
-    for (Range run = take(); run.size() > 0; run = take()) function(run);
+    queues_.for_runs(thread_, function);
   }
 
   /// function(task) until no task is left.
@@ -32,15 +72,8 @@ class Tasks {
   }
 
  private:
-  /// The next run; empty when none is left.
-  Range take() {
-    const int64_t begin = std::min(next_.fetch_add(run_, std::memory_order_relaxed), end_);
-    return {begin, std::min(begin + run_, end_)};
-  }
-
-  std::atomic<int64_t> next_;
-  const int64_t end_;
-  const int64_t run_;
+  TaskQueues& queues_;
+  const int64_t thread_;
 };
 
 /// One task: task_queries queries of one head.

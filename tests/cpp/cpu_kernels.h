@@ -16,6 +16,7 @@ namespace testing_wmha {
 
 using wmha::cpu::BackwardSchedule;
 using wmha::cpu::DecodeSchedule;
+using wmha::cpu::TaskQueues;
 using wmha::cpu::Tasks;
 
 inline void* allocate(size_t bytes) { return std::malloc(std::max<size_t>(bytes, 1)); }
@@ -59,17 +60,26 @@ Tensor make_workspace(const Problem& problem, const Schedule& schedule) {
   return Tensor(problem.acc, 1, 1, 1, schedule.workspace_size());
 }
 
+/// kernel(tasks) on one thread, `run` tasks at a time.
+template <typename Kernel>
+void run_tasks(Range range, const Kernel& kernel, int64_t run = 1) {
+  TaskQueues queues(range, run, /*threads=*/1);
+  Tasks tasks(queues, /*thread=*/0);
+  kernel(tasks);
+}
+
 /// Forward and backward, each in one piece.
 inline void run(const KernelSet& set, Problem& problem) {
   const AttentionParams& params = problem.params;
-  Tasks forward(0, wmha::cpu::forward_tasks(params));
-  set.kernels->forward(params, forward);
+  constexpr int64_t at_once = 5; // tasks of more than one head, where these are short
+  run_tasks({0, wmha::cpu::forward_tasks(params)}, [&](Tasks& tasks) { set.kernels->forward(params, tasks); }, at_once);
   const BackwardSchedule schedule(params, many_threads);
   Tensor workspace = make_workspace(problem, schedule);
-  Tasks backward(0, schedule.tasks());
-  set.kernels->backward(params, schedule, workspace.data(), backward);
-  Tasks merge(0, schedule.merge_tasks());
-  set.kernels->merge_backward(params, schedule, workspace.data(), merge);
+  run_tasks(
+      {0, schedule.tasks()}, [&](Tasks& tasks) { set.kernels->backward(params, schedule, workspace.data(), tasks); });
+  run_tasks({0, schedule.merge_tasks()}, [&](Tasks& tasks) {
+    set.kernels->merge_backward(params, schedule, workspace.data(), tasks);
+  });
   EXPECT_TRUE(workspace.surroundings_untouched());
 }
 
@@ -79,10 +89,12 @@ inline bool decodes(const AttentionParams& params) { return DecodeSchedule::appl
 inline void decode(const KernelSet& set, Problem& problem) {
   const DecodeSchedule schedule(problem.params);
   Tensor workspace = make_workspace(problem, schedule);
-  Tasks splits(0, schedule.tasks());
-  set.kernels->decode(problem.params, schedule, workspace.data(), splits);
-  Tasks merge(0, schedule.merge_tasks());
-  set.kernels->merge_decode(problem.params, schedule, workspace.data(), merge);
+  run_tasks({0, schedule.tasks()}, [&](Tasks& tasks) {
+    set.kernels->decode(problem.params, schedule, workspace.data(), tasks);
+  });
+  run_tasks({0, schedule.merge_tasks()}, [&](Tasks& tasks) {
+    set.kernels->merge_decode(problem.params, schedule, workspace.data(), tasks);
+  });
   EXPECT_TRUE(workspace.surroundings_untouched());
 }
 

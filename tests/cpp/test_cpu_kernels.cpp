@@ -21,10 +21,7 @@ void in_pieces(int64_t tasks, const Call& call) {
   }
   ASSERT_GT(ranges.size(), 1) << "nothing to split";
   std::shuffle(ranges.begin(), ranges.end(), random);
-  for (const Range& range : ranges) {
-    Tasks tasks_of_range(range.begin, range.end);
-    call(tasks_of_range);
-  }
+  for (const Range& range : ranges) run_tasks(range, call);
 }
 
 void run_in_pieces(const wmha::cpu::Kernels& kernels, Problem& problem, int64_t threads) {
@@ -92,11 +89,10 @@ TEST_P(CpuKernels, SpreadInfinityAlikeHoweverTheTasksAreSplit) {
       problem->value.set(0, 0, key, 0, std::numeric_limits<double>::infinity());
     }
   }
-  Tasks all(0, wmha::cpu::forward_tasks(whole.params));
-  set().kernels->forward(whole.params, all);
-  for (int64_t task = 0; task < wmha::cpu::forward_tasks(pieces.params); ++task) {
-    Tasks one(task, task + 1);
-    set().kernels->forward(pieces.params, one);
+  const int64_t count = wmha::cpu::forward_tasks(whole.params);
+  run_tasks({0, count}, [&](Tasks& tasks) { set().kernels->forward(whole.params, tasks); }, count);
+  for (int64_t task = 0; task < count; ++task) {
+    run_tasks({task, task + 1}, [&](Tasks& tasks) { set().kernels->forward(pieces.params, tasks); });
   }
   EXPECT_TRUE(pieces.output.bitwise_equal(whole.output));
 }
@@ -170,8 +166,7 @@ TEST_P(CpuKernels, AverageValuesWhateverTheScores) {
     SCOPED_TRACE(testing::Message() << c);
     Problem problem(dtype(), c);
     const wmha::AttentionParams& params = problem.params;
-    Tasks tasks(0, wmha::cpu::forward_tasks(params));
-    set().kernels->forward(params, tasks);
+    run_tasks({0, wmha::cpu::forward_tasks(params)}, [&](Tasks& tasks) { set().kernels->forward(params, tasks); });
     problem.output.for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) {
       EXPECT_LE(std::abs(problem.output.get(b, h, n, d)), 1 + tolerance(dtype())); // values are in [-1, 1]
     });

@@ -52,6 +52,20 @@ TEST_P(Kernels, TakeAnyValueDimension) {
   }
 }
 
+TEST_P(Kernels, TakeMoreKeysThanTheSecondCacheHolds) {
+  Case c{.heads = 1, .kv_heads = 1, .queries = 70, .keys = 830, .key_dim = 300, .value_dim = 299, .left = 829};
+  c.name = "large";
+  c.offset = 845; // later queries don't see the first keys of earlier ones
+  check(c);
+  c.name = "some queries' score of a key that later ones don't see is far from all others";
+  c.scale = 0.2;
+  c.slack = 10;
+  check(c, [&](Problem& problem) {
+    for (int64_t i = 0; i < c.queries; ++i) problem.query.set(0, 0, i, 0, i / 32 == 1 ? 1 : 0);
+    problem.key.set(0, 0, 70, 0, 300);
+  });
+}
+
 TEST_P(Kernels, TakeEqualLengths) {
   for (const int64_t n : {1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129}) {
     check({.name = "causal", .queries = n, .keys = n, .left = 20, .right = 0, .layout = layout(n)});

@@ -13,9 +13,14 @@ using namespace testing_wmha;
 /// Runs kernel(tasks) on some threads at once.
 template <typename Kernel>
 void on_threads(int threads, int64_t count, const Kernel& kernel) {
-  Tasks tasks(0, count);
+  TaskQueues queues({0, count}, /*run=*/1, threads);
   std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) pool.emplace_back([&] { kernel(tasks); });
+  for (int t = 0; t < threads; ++t) {
+    pool.emplace_back([&, t] {
+      Tasks tasks(queues, t);
+      kernel(tasks);
+    });
+  }
   for (std::thread& thread : pool) thread.join();
 }
 
