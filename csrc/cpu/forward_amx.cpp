@@ -320,6 +320,7 @@ void forward(const AttentionParams& params, Tasks& tasks) {
   Buffers buffers(params);
   const KeyTiles key_tiles(params.window);
   std::vector<ForwardBlock> blocks;
+  blocks.reserve(buffers.blocks);
   for_blocks(params, tasks, buffers.blocks * square, [&](int64_t batch, int64_t head, Range queries) {
     blocks.clear();
     for (int64_t first = queries.begin; first < queries.end; first += square) {

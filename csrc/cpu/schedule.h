@@ -35,8 +35,8 @@ class TaskQueues {
   }
 
  private:
-  static constexpr int64_t most = 64;
-  struct alignas(64) Queue { // on a cache line of its own
+  static constexpr int64_t most = 64; // queues; with more threads, some share one
+  struct alignas(64) Queue {          // on a cache line of its own
     std::atomic<int64_t> next;
     int64_t end;
   };
