@@ -84,7 +84,7 @@ class DecodeBlock {
         key_width_(padded<Acc>(params.key_dim)),
         value_width_(padded<Acc>(params.value_dim)),
         queries_(rows_ * key_width_),
-        caps_(rows_),
+        caps_(rows_ * F),
         output_(rows_ * value_width_),
         scores_(rows_ * tile_keys),
         references_(rows_ * F),
@@ -118,28 +118,27 @@ class DecodeBlock {
   }
 
  private:
-  /// Packs the query of a row. Rows beyond the last repeat it.
+  /// Packs the query of a row.
   void load_query(int64_t row, int64_t batch) {
-    const int64_t real_row = std::min(row, schedule_.rows - 1);
-    const int64_t head = head_of(real_row) % params_.heads;
+    const int64_t head = head_of(row) % params_.heads;
     const ScoreTransform<Acc> transform(params_, head);
-    const T* const query = at<T>(params_.query, batch, head, query_of(real_row));
+    const T* const query = at<T>(params_.query, batch, head, query_of(row));
     Acc* const features = key_rows_;
     for_vectors<Acc>({0, params_.key_dim}, [&](int64_t d, const auto& load) {
       (Vec<Acc>(transform.factor) * load(query + d)).store(features + d);
     });
     Acc* const packed = queries_ + row / R * R * key_width_ + row % R * F;
     for (int64_t d = 0; d < key_width_; d += F) std::copy_n(features + d, F, packed + d * R);
-    caps_[row] = transform.cap;
+    for (int64_t f = 0; f < F; ++f) caps_[row / R * vector + f * R + row % R] = transform.cap;
   }
 
-  /// batch * Hq + head
-  int64_t head_of(int64_t row) const { return first_head_ + row / params_.queries; }
-  int64_t query_of(int64_t row) const { return row % params_.queries; }
+  /// batch * Hq + head. Rows beyond the last repeat it.
+  int64_t head_of(int64_t row) const { return first_head_ + std::min(row, schedule_.rows - 1) / params_.queries; }
+  int64_t query_of(int64_t row) const { return std::min(row, schedule_.rows - 1) % params_.queries; }
 
   /// The keys of the tile that the row's query sees, relative to the tile.
   Range seen_by(int64_t row, Range tile) const {
-    const Range seen = params_.window.keys_of(query_of(std::min(row, schedule_.rows - 1)));
+    const Range seen = params_.window.keys_of(query_of(row));
     const int64_t begin = std::clamp(seen.begin, tile.begin, tile.end);
     return {begin - tile.begin, std::clamp(seen.end, begin, tile.end) - tile.begin};
   }
@@ -238,12 +237,9 @@ class DecodeBlock {
   }
 
   void cap(int64_t row, int64_t count) {
-    Acc caps[vector];
-    for (int64_t i = 0; i < vector; ++i) caps[i] = caps_[row + i % R];
+    const Vec<Acc> caps = Vec<Acc>::loadu(caps_ + row * F);
     Acc* const scores = scores_ + row * tile_keys;
-    for (int64_t i = 0; i < count; i += vector) {
-      (Vec<Acc>::loadu(caps) * Vec<Acc>::loadu(scores + i).tanh()).store(scores + i);
-    }
+    for (int64_t i = 0; i < count; i += vector) (caps * Vec<Acc>::loadu(scores + i).tanh()).store(scores + i);
   }
 
   /// Scores of keys that a row doesn't see, and of those beyond the last, become -infinity.
@@ -359,7 +355,7 @@ class DecodeBlock {
   const int64_t key_width_;
   const int64_t value_width_;
   Buffer<Acc> queries_;    // [rows / R][key_width / F][R][F], scaled
-  Buffer<Acc> caps_;       // [rows]
+  Buffer<Acc> caps_;       // [rows / R][F][R], each F times
   Buffer<Acc> output_;     // [rows][value_width]
   Buffer<Acc> scores_;     // [rows / R][tile_keys][R]
   Buffer<Acc> references_; // [rows / R][F][R], each F times
