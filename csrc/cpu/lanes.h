@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "operands.h"
 
@@ -112,44 +111,32 @@ Vec<float> combine_lanes(Vec<float> vector, const Combine& combine) {
 }
 #endif
 
-#if defined(CPU_CAPABILITY_AVX512)
-/// So many bytes, 8, 16 or 32, repeated over a register.
-template <size_t bytes>
-__m512i repeat_bytes(const void* source) {
-  if constexpr (bytes == 16) return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(source)));
-  if constexpr (bytes == 32) return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(source)));
-  int64_t bits;
-  std::memcpy(&bits, source, sizeof(bits));
-  return _mm512_set1_epi64(bits);
-}
-inline Vec<float> as_vector(__m512i bits, float /*type*/) { return _mm512_castsi512_ps(bits); }
-inline Vec<double> as_vector(__m512i bits, double /*type*/) { return _mm512_castsi512_pd(bits); }
-#elif defined(CPU_CAPABILITY_AVX2)
-/// So many bytes, 8 or 16, repeated over a register.
-template <size_t bytes>
-__m256i repeat_bytes(const void* source) {
-  if constexpr (bytes == 16) return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(source)));
-  int64_t bits;
-  std::memcpy(&bits, source, sizeof(bits));
-  return _mm256_set1_epi64x(bits);
-}
-inline Vec<float> as_vector(__m256i bits, float /*type*/) { return _mm256_castsi256_ps(bits); }
-inline Vec<double> as_vector(__m256i bits, double /*type*/) { return _mm256_castsi256_pd(bits); }
-#endif
-
 /// F elements, fewer than a vector's, repeated over its lanes.
 template <int64_t F, typename Acc>
 Vec<Acc> load_repeated(const Acc* source) {
+  constexpr size_t bytes = F * sizeof(Acc);
   if constexpr (F == 1) {
     return Vec<Acc>(*source);
+  } else if constexpr (bytes == sizeof(int64_t)) {
+    int64_t bits;
+    std::memcpy(&bits, source, bytes);
+    return at::vec::cast<Acc>(Vec<int64_t>(bits));
+#if defined(CPU_CAPABILITY_AVX512)
+  } else if constexpr (bytes == sizeof(__m128i)) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return at::vec::cast<Acc>(Vec<int64_t>(_mm512_broadcast_i32x4(bits)));
+  } else if constexpr (bytes == sizeof(__m256i)) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+    return at::vec::cast<Acc>(Vec<int64_t>(_mm512_broadcast_i64x4(bits)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  } else if constexpr (bytes == sizeof(__m128i)) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return at::vec::cast<Acc>(Vec<int64_t>(_mm256_broadcastsi128_si256(bits)));
+#endif
   } else {
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-    return as_vector(repeat_bytes<F * sizeof(Acc)>(source), Acc());
-#else
     Acc repeated[Vec<Acc>::size()];
     for (int64_t i = 0; i < Vec<Acc>::size(); ++i) repeated[i] = source[i % F];
     return Vec<Acc>::loadu(repeated);
-#endif
   }
 }
 
