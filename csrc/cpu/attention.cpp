@@ -38,7 +38,7 @@ const cpu::Kernels& kernels_for([[maybe_unused]] ScalarType dtype) {
 }
 
 /// Runs kernel(tasks) on all threads until no task is left. Which thread runs which task has no bearing on the result.
-/// task_size: multiplications of a task, about.
+/// task_size: multiplications of a task in vector registers, or what takes as long.
 template <typename Kernel>
 void run_tasks(int64_t count, int64_t task_size, const Kernel& kernel) {
   if (count == 0) return;
@@ -73,9 +73,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
       kernels.merge_decode(params, schedule, workspace.const_data_ptr(), tasks);
     });
   } else {
-    run_tasks(cpu::forward_tasks(params), cpu::forward_task_size(params), [&](cpu::Tasks& tasks) {
-      kernels.forward(params, tasks);
-    });
+    const int64_t block = kernels.query_block;
+    const int64_t task_size = cpu::forward_task_size(params, block) / kernels.product_rate;
+    run_tasks(cpu::forward_tasks(params, block), task_size, [&](cpu::Tasks& tasks) { kernels.forward(params, tasks); });
   }
   return {problem.output, problem.logsumexp, problem.rng_state};
 }

@@ -239,7 +239,7 @@ class ForwardBlock {
 void forward(const AttentionParams& params, Tasks& tasks) {
   with_scalar_type(params.dtype, [&](auto type) {
     ForwardBlock<decltype(type)> block(params);
-    for_blocks(params, tasks, query_block, [&](int64_t batch, int64_t head, Range queries) {
+    for_blocks(params, tasks, query_block, /*most_blocks=*/1, [&](int64_t batch, int64_t head, Range queries) {
       block.run(batch, head, queries);
     });
   });

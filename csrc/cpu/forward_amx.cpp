@@ -35,9 +35,7 @@ using M = multiplicand_type<T>;
 constexpr int64_t vector = Vec<float>::size();
 constexpr int64_t tiles_at_once = 12; // a group: their weights, 2 KiB each, stay in the first cache
 constexpr int64_t most_blocks = 12;   // that share a part of the keys
-static_assert(
-    square == tile_rows && square == 2 * vector && task_queries % square == 0 &&
-    most_blocks * square % task_queries == 0);
+static_assert(square == tile_rows && square == query_block && square == 2 * vector);
 
 /// What is kept from one task to the next.
 struct Buffers {
@@ -321,7 +319,7 @@ void forward(const AttentionParams& params, Tasks& tasks) {
   const KeyTiles key_tiles(params.window);
   std::vector<ForwardBlock> blocks;
   blocks.reserve(buffers.blocks);
-  for_blocks(params, tasks, buffers.blocks * square, [&](int64_t batch, int64_t head, Range queries) {
+  for_blocks(params, tasks, square, buffers.blocks, [&](int64_t batch, int64_t head, Range queries) {
     blocks.clear();
     for (int64_t first = queries.begin; first < queries.end; first += square) {
       const Range block{first, std::min(first + square, queries.end)};

@@ -2,9 +2,10 @@
 #include "kernels.h"
 
 #include "passes.h"
+#include "scores.h"
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-const Kernels kernels{forward, decode, merge_decode, backward, merge_backward};
+const Kernels kernels{query_block, product_rate, forward, decode, merge_decode, backward, merge_backward};
 
 } // namespace wmha::cpu::CPU_CAPABILITY

@@ -11,7 +11,10 @@
 namespace wmha::cpu {
 
 struct Kernels {
-  /// output and logsumexp. Tasks: forward_tasks(params).
+  int64_t query_block;  // queries of a task of the forward pass
+  int64_t product_rate; // its multiplications in the time of one in vector registers, about
+
+  /// output and logsumexp. Tasks: forward_tasks(params, query_block).
   void (*forward)(const AttentionParams& params, Tasks& tasks);
 
   /// The same where DecodeSchedule::applies(params), in two steps: states of splits of the keys in `workspace`

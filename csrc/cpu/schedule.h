@@ -10,9 +10,6 @@
 
 namespace wmha::cpu {
 
-/// Queries of a task of the forward pass. A kernel cuts them into blocks, of which this is a multiple.
-constexpr int64_t task_queries = 96;
-
 /// Tasks, handed out in runs of neighbours, each task once. Each thread has an equal share of them in a queue of its
 /// own, the same in every call: what it reads is likely to be in its core's caches. When a queue is empty, its thread
 /// helps the others.
@@ -76,30 +73,36 @@ class Tasks {
   const int64_t thread_;
 };
 
-/// One task: task_queries queries of one head.
-inline int64_t forward_tasks(const AttentionParams& params) {
-  return params.batch * params.heads * ceil_div(params.queries, task_queries);
+/// One task: a block of queries of one head.
+inline int64_t forward_tasks(const AttentionParams& params, int64_t block) {
+  return params.batch * params.heads * ceil_div(params.queries, block);
 }
 
 /// Its multiplications, about.
-inline int64_t forward_task_size(const AttentionParams& params) {
-  const int64_t queries = std::min(task_queries, params.queries);
+inline int64_t forward_task_size(const AttentionParams& params, int64_t block) {
+  const int64_t queries = std::min(block, params.queries);
   return queries * params.window.most_keys(queries) * (params.key_dim + params.value_dim);
 }
 
-/// function(batch, head, block) until no task is left. Blocks of a run are `size` queries long, or what is left at its
-/// end or the head's; size: a divisor or a multiple of task_queries.
+/// function(batch, head, queries) until no task is left, for up to `most_blocks` neighbouring blocks of a head at a
+/// time.
 template <typename Function>
-void for_blocks(const AttentionParams& params, Tasks& tasks, int64_t size, const Function& function) {
-  const int64_t tasks_of_head = ceil_div(params.queries, task_queries);
+void for_blocks(
+    const AttentionParams& params,
+    Tasks& tasks,
+    int64_t block,
+    int64_t most_blocks,
+    const Function& function) {
+  const int64_t tasks_of_head = ceil_div(params.queries, block);
   tasks.for_runs([&](Range run) {
     while (run.size() > 0) {
       const int64_t batch_head = run.begin / tasks_of_head;
       const int64_t first_task = batch_head * tasks_of_head;
       const int64_t end_task = std::min(run.end, first_task + tasks_of_head);
-      const int64_t end = std::min((end_task - first_task) * task_queries, params.queries);
-      for (int64_t first = (run.begin - first_task) * task_queries; first < end; first += size) {
-        function(batch_head / params.heads, batch_head % params.heads, Range{first, std::min(first + size, end)});
+      const int64_t end = std::min((end_task - first_task) * block, params.queries);
+      const int64_t step = most_blocks * block;
+      for (int64_t first = (run.begin - first_task) * block; first < end; first += step) {
+        function(batch_head / params.heads, batch_head % params.heads, Range{first, std::min(first + step, end)});
       }
       run.begin = end_task;
     }
@@ -175,6 +178,7 @@ struct DecodeSchedule {
 struct BackwardSchedule {
   static constexpr int64_t long_chunk = 1024; // queries
   static constexpr int64_t short_chunk = 480;
+  static constexpr int64_t chunk_step = 96; // a multiple of every kernel's block of queries
   static constexpr int64_t least_tasks = 32;
   static constexpr int64_t wanted_tasks = 64;
   static constexpr int64_t wanted_wide_tasks = 8;
@@ -209,7 +213,7 @@ struct BackwardSchedule {
       chunk = std::max(short_chunk, std::min(window2, wide_chunk));
     }
     chunk = std::max(chunk, ceil_div(queries, ceil_div(wanted_tasks, heads)));
-    chunk = ceil_div(std::min(chunk, std::max<int64_t>(queries, 1)), task_queries) * task_queries;
+    chunk = ceil_div(std::min(chunk, std::max<int64_t>(queries, 1)), chunk_step) * chunk_step;
     chunks = ceil_div(queries, chunk);
     bool shared_by_two = true; // at most
     for (int64_t c = 0; c < chunks; ++c) {

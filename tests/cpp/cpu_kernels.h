@@ -72,7 +72,9 @@ void run_tasks(Range range, const Kernel& kernel, int64_t run = 1) {
 inline void run(const KernelSet& set, Problem& problem) {
   const AttentionParams& params = problem.params;
   constexpr int64_t at_once = 5; // tasks of more than one head, where these are short
-  run_tasks({0, wmha::cpu::forward_tasks(params)}, [&](Tasks& tasks) { set.kernels->forward(params, tasks); }, at_once);
+  run_tasks(
+      {0, wmha::cpu::forward_tasks(params, set.kernels->query_block)},
+      [&](Tasks& tasks) { set.kernels->forward(params, tasks); }, at_once);
   const BackwardSchedule schedule(params, many_threads);
   Tensor workspace = make_workspace(problem, schedule);
   run_tasks(

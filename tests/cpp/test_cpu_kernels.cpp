@@ -26,7 +26,8 @@ void in_pieces(int64_t tasks, const Call& call) {
 
 void run_in_pieces(const wmha::cpu::Kernels& kernels, Problem& problem, int64_t threads) {
   const AttentionParams& params = problem.params;
-  in_pieces(wmha::cpu::forward_tasks(params), [&](Tasks& tasks) { kernels.forward(params, tasks); });
+  in_pieces(
+      wmha::cpu::forward_tasks(params, kernels.query_block), [&](Tasks& tasks) { kernels.forward(params, tasks); });
   const BackwardSchedule schedule(params, threads);
   Tensor workspace = make_workspace(problem, schedule);
   in_pieces(schedule.tasks(), [&](Tasks& tasks) { kernels.backward(params, schedule, workspace.data(), tasks); });
@@ -89,7 +90,7 @@ TEST_P(CpuKernels, SpreadInfinityAlikeHoweverTheTasksAreSplit) {
       problem->value.set(0, 0, key, 0, std::numeric_limits<double>::infinity());
     }
   }
-  const int64_t count = wmha::cpu::forward_tasks(whole.params);
+  const int64_t count = wmha::cpu::forward_tasks(whole.params, set().kernels->query_block);
   run_tasks({0, count}, [&](Tasks& tasks) { set().kernels->forward(whole.params, tasks); }, count);
   for (int64_t task = 0; task < count; ++task) {
     run_tasks({task, task + 1}, [&](Tasks& tasks) { set().kernels->forward(pieces.params, tasks); });
@@ -166,7 +167,9 @@ TEST_P(CpuKernels, AverageValuesWhateverTheScores) {
     SCOPED_TRACE(testing::Message() << c);
     Problem problem(dtype(), c);
     const wmha::AttentionParams& params = problem.params;
-    run_tasks({0, wmha::cpu::forward_tasks(params)}, [&](Tasks& tasks) { set().kernels->forward(params, tasks); });
+    run_tasks({0, wmha::cpu::forward_tasks(params, set().kernels->query_block)}, [&](Tasks& tasks) {
+      set().kernels->forward(params, tasks);
+    });
     problem.output.for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) {
       EXPECT_LE(std::abs(problem.output.get(b, h, n, d)), 1 + tolerance(dtype())); // values are in [-1, 1]
     });

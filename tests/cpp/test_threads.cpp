@@ -25,8 +25,9 @@ void on_threads(int threads, int64_t count, const Kernel& kernel) {
 }
 
 void run(const wmha::cpu::Kernels& kernels, Problem& problem, int threads) {
-  on_threads(
-      threads, wmha::cpu::forward_tasks(problem.params), [&](Tasks& tasks) { kernels.forward(problem.params, tasks); });
+  on_threads(threads, wmha::cpu::forward_tasks(problem.params, kernels.query_block), [&](Tasks& tasks) {
+    kernels.forward(problem.params, tasks);
+  });
   const BackwardSchedule schedule(problem.params, threads);
   Tensor workspace = make_workspace(problem, schedule);
   on_threads(threads, schedule.tasks(), [&](Tasks& tasks) {
