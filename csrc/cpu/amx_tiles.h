@@ -23,7 +23,6 @@ namespace wmha::cpu::CPU_CAPABILITY {
 constexpr int tile_rows = 2 * register_rows;
 // A left operand must hold whole tiles of rows, whatever the last ones are.
 constexpr int64_t left_rows_at_once = tile_rows;
-constexpr int64_t product_rate = 5; // multiplications in the time of one in vector registers, about
 
 constexpr int64_t register_pairs = register_rows * register_bytes / sizeof(BFloat16Pair);
 

@@ -73,9 +73,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cpu(
       kernels.merge_decode(params, schedule, workspace.const_data_ptr(), tasks);
     });
   } else {
-    const int64_t block = kernels.query_block;
-    const int64_t task_size = cpu::forward_task_size(params, block) / kernels.product_rate;
-    run_tasks(cpu::forward_tasks(params, block), task_size, [&](cpu::Tasks& tasks) { kernels.forward(params, tasks); });
+    const int64_t task_size = cpu::forward_task_size(params, kernels.blocking);
+    run_tasks(cpu::forward_tasks(params, kernels.blocking), task_size, [&](cpu::Tasks& tasks) {
+      kernels.forward(params, tasks);
+    });
   }
   return {problem.output, problem.logsumexp, problem.rng_state};
 }
@@ -102,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
       Problem::of_backward(grad_output, grad_logsumexp, query, key, value, output, logsumexp, rng_state, options);
   AttentionParams& params = problem.params;
   const cpu::Kernels& kernels = kernels_for(params.dtype);
-  const cpu::BackwardSchedule schedule(params, at::get_num_threads());
+  const cpu::BackwardSchedule schedule(params, kernels.blocking, at::get_num_threads());
   const at::Tensor workspace = cpu::empty({schedule.workspace_size()}, problem.logsumexp.options());
   std::vector<double> shares;
   if (problem.temperature.defined()) {

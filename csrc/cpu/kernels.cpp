@@ -6,6 +6,6 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
-const Kernels kernels{query_block, product_rate, forward, decode, merge_decode, backward, merge_backward};
+const Kernels kernels{blocking, forward, decode, merge_decode, backward, merge_backward};
 
 } // namespace wmha::cpu::CPU_CAPABILITY

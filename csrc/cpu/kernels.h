@@ -11,10 +11,9 @@
 namespace wmha::cpu {
 
 struct Kernels {
-  int64_t query_block;  // queries of a task of the forward pass
-  int64_t product_rate; // its multiplications in the time of one in vector registers, about
+  Blocking blocking;
 
-  /// output and logsumexp. Tasks: forward_tasks(params, query_block).
+  /// output and logsumexp. Tasks: forward_tasks(params, blocking).
   void (*forward)(const AttentionParams& params, Tasks& tasks);
 
   /// The same where DecodeSchedule::applies(params), in two steps: states of splits of the keys in `workspace`

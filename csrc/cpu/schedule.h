@@ -10,6 +10,13 @@
 
 namespace wmha::cpu {
 
+/// What a schedule has to know of an instruction set's kernels.
+struct Blocking {
+  int64_t query_block;  // queries handled together
+  int64_t least_chunk;  // see BackwardSchedule
+  int64_t product_rate; // multiplications of the forward pass in the time of one in vector registers, about
+};
+
 /// Tasks, handed out in runs of neighbours, each task once. Each thread has an equal share of them in a queue of its
 /// own, the same in every call: what it reads is likely to be in its core's caches. When a queue is empty, its thread
 /// helps the others.
@@ -74,14 +81,15 @@ class Tasks {
 };
 
 /// One task: a block of queries of one head.
-inline int64_t forward_tasks(const AttentionParams& params, int64_t block) {
-  return params.batch * params.heads * ceil_div(params.queries, block);
+inline int64_t forward_tasks(const AttentionParams& params, const Blocking& blocking) {
+  return params.batch * params.heads * ceil_div(params.queries, blocking.query_block);
 }
 
-/// Its multiplications, about.
-inline int64_t forward_task_size(const AttentionParams& params, int64_t block) {
-  const int64_t queries = std::min(block, params.queries);
-  return queries * params.window.most_keys(queries) * (params.key_dim + params.value_dim);
+/// Its multiplications, or in vector registers those that take as long, about.
+inline int64_t forward_task_size(const AttentionParams& params, const Blocking& blocking) {
+  const int64_t queries = std::min(blocking.query_block, params.queries);
+  const int64_t products = queries * params.window.most_keys(queries) * (params.key_dim + params.value_dim);
+  return products / blocking.product_rate;
 }
 
 /// function(batch, head, queries) until no task is left, for up to `most_blocks` neighbouring blocks of a head at a
@@ -178,10 +186,10 @@ struct DecodeSchedule {
 struct BackwardSchedule {
   static constexpr int64_t long_chunk = 1024; // queries
   static constexpr int64_t short_chunk = 480;
-  static constexpr int64_t chunk_step = 96; // a multiple of every kernel's block of queries
   static constexpr int64_t least_tasks = 32;
   static constexpr int64_t wanted_tasks = 64;
   static constexpr int64_t wanted_wide_tasks = 8;
+  static constexpr int64_t share_cost = 64; // multiplications in the time that it takes to read one from another core
   static constexpr int64_t tasks_of_thread = 4;
   static constexpr int64_t merge_piece = 128; // keys
 
@@ -197,23 +205,28 @@ struct BackwardSchedule {
   int64_t most_left = 0;   // keys of which a chunk leaves shares to the next one of its task, at most
 
   /// threads: that share the tasks. How many has no bearing on the result.
-  explicit BackwardSchedule(const AttentionParams& params, int64_t threads)
+  BackwardSchedule(const AttentionParams& params, const Blocking& blocking, int64_t threads)
       : batch_kv_heads(params.batch * params.kv_heads),
         queries(params.queries),
         row(params.key_dim + params.value_dim),
         window(params.window) {
-    // Long chunks share few keys; but there should be enough for many cores. Where the window is too wide for that,
-    // there are still a few, since memory is a multiple of their number.
+    // Long chunks share few keys; but there should be enough for many cores. Where the window is too wide for that, or
+    // the sequence too short, there are still a few: memory is a multiple of their number, and below
+    // blocking.least_chunk rows to a key (queries of one head, or of all that share it) shares take longer than another
+    // core would save.
     const int64_t heads = std::max<int64_t>(batch_kv_heads, 1);
     const int64_t widest = window.most_keys(0); // the query itself left out
     const int64_t window2 = saturating_add(widest, widest);
-    const int64_t wide_chunk = ceil_div(queries, ceil_div(wanted_wide_tasks, heads));
+    const int64_t rows = params.kv_heads > 0 ? params.heads / params.kv_heads * queries : 0;
+    const int64_t wide_chunks = std::clamp<int64_t>(rows / blocking.least_chunk, 1, ceil_div(wanted_wide_tasks, heads));
+    const int64_t wide_chunk = ceil_div(queries, wide_chunks);
     chunk = std::max(long_chunk, saturating_add(window2, window2));
     if (ceil_div(queries, chunk) * heads < least_tasks) {
-      chunk = std::max(short_chunk, std::min(window2, wide_chunk));
+      chunk = std::min(wide_chunk, std::max(short_chunk, window2));
     }
     chunk = std::max(chunk, ceil_div(queries, ceil_div(wanted_tasks, heads)));
-    chunk = ceil_div(std::min(chunk, std::max<int64_t>(queries, 1)), chunk_step) * chunk_step;
+    const int64_t blocks = ceil_div(std::clamp<int64_t>(chunk, 1, std::max<int64_t>(queries, 1)), blocking.query_block);
+    chunk = blocks * blocking.query_block;
     chunks = ceil_div(queries, chunk);
     bool shared_by_two = true; // at most
     for (int64_t c = 0; c < chunks; ++c) {
@@ -253,7 +266,9 @@ struct BackwardSchedule {
 
   /// One task: a piece of the keys of one key head.
   int64_t merge_tasks() const { return batch_kv_heads * merge_pieces(); }
-  int64_t merge_task_size() const { return std::min(merge_piece, window.keys) * row; }
+  int64_t merge_task_size() const {
+    return std::min(merge_piece, window.keys) * row * (most_shared > 0 ? share_cost : 1);
+  }
   int64_t merge_pieces() const { return ceil_div(window.keys, merge_piece); }
   Range keys_of_piece(int64_t piece) const {
     return {piece * merge_piece, std::min(window.keys, (piece + 1) * merge_piece)};

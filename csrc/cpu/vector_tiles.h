@@ -27,7 +27,6 @@ constexpr int tile_rows = 4;
 #endif
 constexpr int tile_vectors = 3;
 constexpr int64_t left_rows_at_once = 1; // a left operand may hold any number of rows
-constexpr int64_t product_rate = 1;
 
 template <typename T, int R, int C>
 using Tile = Vec<T>[R][C];

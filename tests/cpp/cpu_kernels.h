@@ -24,10 +24,6 @@ inline void release(void* memory) { std::free(memory); }
 
 constexpr int64_t many_threads = 1000; // for which each chunk of the backward pass is a task
 
-inline int64_t temperature_shares(const AttentionParams& params) {
-  return params.batch * params.heads * std::max<int64_t>(BackwardSchedule(params, many_threads).chunks, 1);
-}
-
 /// One instruction set's kernels.
 struct KernelSet {
   const char* name;
@@ -68,14 +64,19 @@ void run_tasks(Range range, const Kernel& kernel, int64_t run = 1) {
   kernel(tasks);
 }
 
+inline int64_t temperature_shares(const KernelSet& set, const AttentionParams& params) {
+  return params.batch * params.heads * BackwardSchedule(params, set.kernels->blocking, many_threads).chunks;
+}
+
 /// Forward and backward, each in one piece.
 inline void run(const KernelSet& set, Problem& problem) {
+  problem.expect_temperature_shares(temperature_shares(set, problem.params));
   const AttentionParams& params = problem.params;
   constexpr int64_t at_once = 5; // tasks of more than one head, where these are short
   run_tasks(
-      {0, wmha::cpu::forward_tasks(params, set.kernels->query_block)},
+      {0, wmha::cpu::forward_tasks(params, set.kernels->blocking)},
       [&](Tasks& tasks) { set.kernels->forward(params, tasks); }, at_once);
-  const BackwardSchedule schedule(params, many_threads);
+  const BackwardSchedule schedule(params, set.kernels->blocking, many_threads);
   Tensor workspace = make_workspace(problem, schedule);
   run_tasks(
       {0, schedule.tasks()}, [&](Tasks& tasks) { set.kernels->backward(params, schedule, workspace.data(), tasks); });

@@ -13,10 +13,6 @@ inline void* allocate(size_t bytes) {
 }
 inline void release(void* memory) { cudaFree(memory); }
 
-inline int64_t temperature_shares(const AttentionParams& params) {
-  return std::max(wmha::cuda::temperature_shares(params), params.batch * params.heads);
-}
-
 struct KernelSet {
   const char* name;
   bool supported; // by this machine
@@ -43,8 +39,13 @@ inline void expect_finished() {
   EXPECT_EQ(cudaStreamSynchronize(test_stream()), cudaSuccess);
 }
 
+inline int64_t temperature_shares(const KernelSet&, const AttentionParams& params) {
+  return wmha::cuda::temperature_shares(params);
+}
+
 /// Forward, without splits of the keys, and backward.
-inline void run(const KernelSet&, Problem& problem) {
+inline void run(const KernelSet& set, Problem& problem) {
+  problem.expect_temperature_shares(temperature_shares(set, problem.params));
   Tensor workspace(problem.acc, 1, 1, 1, wmha::cuda::workspace_size(problem.params));
   wmha::cuda::forward_in_tiles(problem.params, test_stream());
   EXPECT_EQ(cudaGetLastError(), cudaSuccess);

@@ -23,11 +23,9 @@ using wmha::AttentionParams;
 using wmha::Range;
 using wmha::ScalarType;
 
-// Each kind of kernels says where the memory that it reads and writes comes from, and how many shares of the
-// temperature's gradient it makes.
+// Each kind of kernels says where the memory that it reads and writes comes from.
 inline void* allocate(size_t bytes);
 inline void release(void* memory);
-inline int64_t temperature_shares(const AttentionParams& params);
 
 /// For std::vector.
 template <typename T>
@@ -260,13 +258,17 @@ class Problem {
     params.grad_query = grad_query.view<void*>();
     params.grad_key = grad_key.view<void*>();
     params.grad_value = grad_value.view<void*>();
-    if (c.grad_temperature) {
-      grad_temperature.assign(temperature_shares(params), std::numeric_limits<double>::quiet_NaN());
-      params.grad_temperature = grad_temperature.data();
-    }
+    has_grad_temperature_ = c.grad_temperature;
   }
   Problem(const Problem&) = delete;
   Problem& operator=(const Problem&) = delete;
+
+  /// Makes room for so many shares of the temperature's gradient, unless nobody wants it. They are NaN.
+  void expect_temperature_shares(int64_t count) {
+    if (!has_grad_temperature_) return;
+    grad_temperature.assign(count, std::numeric_limits<double>::quiet_NaN());
+    params.grad_temperature = grad_temperature.data();
+  }
 
   /// Reads the inputs of a problem with the same sizes, in whatever dtype and layout.
   void copy_inputs(const Problem& other) {
@@ -298,6 +300,7 @@ class Problem {
     });
   }
 
+  bool has_grad_temperature_;
   std::vector<int64_t, Allocator<int64_t>> rng_state_ = {0x123456789abcdef0, 0}; // seed, offset
 };
 
@@ -307,6 +310,7 @@ inline std::unique_ptr<Problem> solve(const Problem& problem, Case c) {
   auto solution = std::make_unique<Problem>(ScalarType::Double, c);
   solution->copy_inputs(problem);
   for (Tensor* tensor : {&solution->grad_query, &solution->grad_key, &solution->grad_value}) tensor->fill(0);
+  solution->expect_temperature_shares(c.batch * c.heads);
   std::fill(solution->grad_temperature.begin(), solution->grad_temperature.end(), 0.0);
   reference::forward(solution->params);
   reference::backward(solution->params);

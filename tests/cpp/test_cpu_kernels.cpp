@@ -24,11 +24,12 @@ void in_pieces(int64_t tasks, const Call& call) {
   for (const Range& range : ranges) run_tasks(range, call);
 }
 
-void run_in_pieces(const wmha::cpu::Kernels& kernels, Problem& problem, int64_t threads) {
+void run_in_pieces(const KernelSet& set, Problem& problem, int64_t threads) {
+  const wmha::cpu::Kernels& kernels = *set.kernels;
+  problem.expect_temperature_shares(temperature_shares(set, problem.params));
   const AttentionParams& params = problem.params;
-  in_pieces(
-      wmha::cpu::forward_tasks(params, kernels.query_block), [&](Tasks& tasks) { kernels.forward(params, tasks); });
-  const BackwardSchedule schedule(params, threads);
+  in_pieces(wmha::cpu::forward_tasks(params, kernels.blocking), [&](Tasks& tasks) { kernels.forward(params, tasks); });
+  const BackwardSchedule schedule(params, kernels.blocking, threads);
   Tensor workspace = make_workspace(problem, schedule);
   in_pieces(schedule.tasks(), [&](Tasks& tasks) { kernels.backward(params, schedule, workspace.data(), tasks); });
   in_pieces(
@@ -73,7 +74,7 @@ TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
     for (const int64_t threads : {int64_t{1}, int64_t{2}, many_threads}) {
       SCOPED_TRACE(testing::Message() << threads << " threads");
       Problem pieces(dtype(), c);
-      run_in_pieces(kernels, pieces, threads);
+      run_in_pieces(set(), pieces, threads);
       for (size_t t = 0; t < whole.outputs().size(); ++t) {
         EXPECT_TRUE(pieces.outputs()[t]->bitwise_equal(*whole.outputs()[t])) << "tensor " << t;
       }
@@ -90,7 +91,7 @@ TEST_P(CpuKernels, SpreadInfinityAlikeHoweverTheTasksAreSplit) {
       problem->value.set(0, 0, key, 0, std::numeric_limits<double>::infinity());
     }
   }
-  const int64_t count = wmha::cpu::forward_tasks(whole.params, set().kernels->query_block);
+  const int64_t count = wmha::cpu::forward_tasks(whole.params, set().kernels->blocking);
   run_tasks({0, count}, [&](Tasks& tasks) { set().kernels->forward(whole.params, tasks); }, count);
   for (int64_t task = 0; task < count; ++task) {
     run_tasks({task, task + 1}, [&](Tasks& tasks) { set().kernels->forward(pieces.params, tasks); });
@@ -167,7 +168,7 @@ TEST_P(CpuKernels, AverageValuesWhateverTheScores) {
     SCOPED_TRACE(testing::Message() << c);
     Problem problem(dtype(), c);
     const wmha::AttentionParams& params = problem.params;
-    run_tasks({0, wmha::cpu::forward_tasks(params, set().kernels->query_block)}, [&](Tasks& tasks) {
+    run_tasks({0, wmha::cpu::forward_tasks(params, set().kernels->blocking)}, [&](Tasks& tasks) {
       set().kernels->forward(params, tasks);
     });
     problem.output.for_each([&](int64_t b, int64_t h, int64_t n, int64_t d) {

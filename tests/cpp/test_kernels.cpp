@@ -206,7 +206,7 @@ TEST_P(Kernels, MergeTheSharesOfChunks) {
     c.right = right;
     c.offset = offset;
     c.temperature = {0.5, 2.0};
-    ASSERT_GT(temperature_shares(Problem(dtype(), c).params), c.batch * c.heads);
+    ASSERT_GT(temperature_shares(set(), Problem(dtype(), c).params), c.batch * c.heads);
     check(c);
   };
   with("narrow", 1100, 30, 11, {});

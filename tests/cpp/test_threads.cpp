@@ -24,11 +24,13 @@ void on_threads(int threads, int64_t count, const Kernel& kernel) {
   for (std::thread& thread : pool) thread.join();
 }
 
-void run(const wmha::cpu::Kernels& kernels, Problem& problem, int threads) {
-  on_threads(threads, wmha::cpu::forward_tasks(problem.params, kernels.query_block), [&](Tasks& tasks) {
+void run(const KernelSet& set, Problem& problem, int threads) {
+  const wmha::cpu::Kernels& kernels = *set.kernels;
+  problem.expect_temperature_shares(temperature_shares(set, problem.params));
+  on_threads(threads, wmha::cpu::forward_tasks(problem.params, kernels.blocking), [&](Tasks& tasks) {
     kernels.forward(problem.params, tasks);
   });
-  const BackwardSchedule schedule(problem.params, threads);
+  const BackwardSchedule schedule(problem.params, kernels.blocking, threads);
   Tensor workspace = make_workspace(problem, schedule);
   on_threads(threads, schedule.tasks(), [&](Tasks& tasks) {
     kernels.backward(problem.params, schedule, workspace.data(), tasks);
@@ -58,10 +60,10 @@ TEST_P(Threads, GiveTheSameBitsAsOne) {
              {.name = "causal", .heads = 2, .kv_heads = 1, .queries = 1000, .keys = 300, .right = 0, .softcap = 5}}) {
       SCOPED_TRACE(testing::Message() << c);
       Problem serial(dtype, c);
-      run(*GetParam().kernels, serial, 1);
+      run(GetParam(), serial, 1);
       for (const int threads : {2, 3, 8}) {
         Problem parallel(dtype, c);
-        run(*GetParam().kernels, parallel, threads);
+        run(GetParam(), parallel, threads);
         for (size_t t = 0; t < serial.outputs().size(); ++t) {
           EXPECT_TRUE(parallel.outputs()[t]->bitwise_equal(*serial.outputs()[t])) << "tensor " << t;
         }

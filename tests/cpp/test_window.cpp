@@ -163,16 +163,21 @@ TEST(Window, OfSeveralQueriesIsTheUnionOfTheirs) {
 
 // ---- The backward pass: which chunk of queries adds up which keys ----
 
-wmha::AttentionParams problem(int64_t batch_heads, int64_t queries, const Window& window) {
+BackwardSchedule schedule_of(
+    int64_t batch_kv_heads,
+    int64_t queries,
+    const Window& window,
+    int64_t threads = many_threads,
+    int64_t group = 1) {
   wmha::AttentionParams params{};
   params.batch = 1;
-  params.heads = batch_heads;
-  params.kv_heads = batch_heads;
+  params.heads = batch_kv_heads * group;
+  params.kv_heads = batch_kv_heads;
   params.queries = queries;
   params.key_dim = 3;
   params.value_dim = 2;
   params.window = window;
-  return params;
+  return {params, {.query_block = 48, .least_chunk = 128, .product_rate = 1}, threads};
 }
 
 void expect_sound(const BackwardSchedule& schedule) {
@@ -244,7 +249,7 @@ TEST(BackwardSchedule, SplitsQueriesAndKeysWithoutGapsOrOverlap) {
               if (heads > 1 && (left == 0 || right > 0)) continue; // fewer, for speed
               for (const int64_t threads : {int64_t{1}, int64_t{2}, many_threads}) {
                 if (heads > 1 && threads == 2) continue;
-                expect_sound(BackwardSchedule(problem(heads, queries, {left, right, offset, keys}), threads));
+                expect_sound(schedule_of(heads, queries, {left, right, offset, keys}, threads));
                 if (testing::Test::HasFatalFailure()) return;
               }
             }
@@ -256,21 +261,29 @@ TEST(BackwardSchedule, SplitsQueriesAndKeysWithoutGapsOrOverlap) {
 }
 
 TEST(BackwardSchedule, TakesNoQueriesNoHeadsAndNoKeys) {
-  EXPECT_EQ(BackwardSchedule(problem(3, 0, {-1, -1, 5, 5}), many_threads).tasks(), 0);
-  EXPECT_EQ(BackwardSchedule(problem(0, 5, {-1, -1, 0, 5}), many_threads).tasks(), 0);
-  EXPECT_EQ(BackwardSchedule(problem(3, 0, {-1, -1, 5, 5}), many_threads).workspace_size(), 0);
-  EXPECT_EQ(BackwardSchedule(problem(0, 5, {-1, -1, 0, 5}), many_threads).workspace_size(), 0);
-  EXPECT_EQ(BackwardSchedule(problem(3, 5, {-1, -1, -5, 0}), many_threads).workspace_size(), 0);
+  EXPECT_EQ(schedule_of(3, 0, {-1, -1, 5, 5}).tasks(), 0);
+  EXPECT_EQ(schedule_of(0, 5, {-1, -1, 0, 5}).tasks(), 0);
+  EXPECT_EQ(schedule_of(3, 0, {-1, -1, 5, 5}).workspace_size(), 0);
+  EXPECT_EQ(schedule_of(0, 5, {-1, -1, 0, 5}).workspace_size(), 0);
+  EXPECT_EQ(schedule_of(3, 5, {-1, -1, -5, 0}).workspace_size(), 0);
 }
 
 TEST(BackwardSchedule, HasEnoughTasksForManyCoresWhenTheWindowIsNarrow) {
-  EXPECT_GE(BackwardSchedule(problem(1, 131072, {128, 0, 0, 131072}), many_threads).tasks(), 60);
-  EXPECT_GE(BackwardSchedule(problem(8, 8192, {256, 0, 0, 8192}), many_threads).tasks(), 60);
+  EXPECT_GE(schedule_of(1, 131072, {128, 0, 0, 131072}).tasks(), 60);
+  EXPECT_GE(schedule_of(8, 8192, {256, 0, 0, 8192}).tasks(), 60);
+}
+
+TEST(BackwardSchedule, HasTasksForSomeCoresWhereHeadsAreFewAndTheWindowIsWide) {
+  EXPECT_EQ(schedule_of(1, 4096, {-1, -1, 0, 4096}).tasks(), 8);
+  EXPECT_EQ(schedule_of(2, 4096, {-1, 0, 0, 4096}).tasks(), 8);
+  EXPECT_EQ(schedule_of(1, 300, {-1, -1, 0, 300}).tasks(), 2);
+  EXPECT_EQ(schedule_of(1, 128, {-1, -1, 0, 128}, many_threads, /*group=*/8).tasks(), 3) << "blocks of 48 queries";
+  EXPECT_EQ(schedule_of(1, 128, {-1, -1, 0, 128}).tasks(), 1) << "too few queries";
 }
 
 TEST(BackwardSchedule, KeepsItsMemoryLinear) {
   const auto tensors = [](int64_t heads, int64_t n, int64_t left, int64_t right) {
-    const BackwardSchedule schedule(problem(heads, n, {left, right, 0, n}), many_threads);
+    const BackwardSchedule schedule = schedule_of(heads, n, {left, right, 0, n});
     return double(schedule.workspace_size()) / double(heads * n * schedule.row); // key and value: one
   };
   for (const int64_t n : {1000, 4096, 100000, 1000000}) {
