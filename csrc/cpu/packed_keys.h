@@ -16,7 +16,7 @@ namespace wmha::cpu::CPU_CAPABILITY {
 // A form says how many neighbouring keys are packed together (a group), how many elements they take, and how. Rows that
 // aren't `used` are not read; unless they are rows of their own, they become zeros.
 
-/// The left operand of K Q^T and V dO^T: left_rows().
+/// The left operand of K Q^T and V dO^T: copy_left_rows().
 template <typename T>
 struct LeftForm {
   using M = multiplicand_type<T>;
@@ -26,7 +26,7 @@ struct LeftForm {
   static int64_t group_size(int64_t dim) { return left_width<M>(dim); }
   static int64_t row_stride(int64_t dim) { return left_width<M>(dim); }
   static bool is_in_place(Rows<T> rows) { return are_left<M>(rows); }
-  static RowMajor<const M> pack(Rows<T> rows, Range /*used*/, M* packed) { return left_rows<M>(rows, packed); }
+  static RowMajor<const M> pack(Rows<T> rows, Range /*used*/, M* packed) { return copy_left_rows<M>(rows, packed); }
 };
 
 /// What the right operands have in common: `steps_at_once` steps are packed together.
@@ -71,7 +71,9 @@ class PackedKeys {
       : dim_(dim),
         all_keys_(all_keys),
         group_size_(Form::group_size(dim)),
-        capacity_(bytes(most_keys) <= most_bytes ? std::min(2 * most_keys, all_keys) : key_block),
+        are_kept_(bytes(most_keys) <= most_bytes),
+        copies_scattered_(are_kept_ && most_keys > 2 * key_block),
+        capacity_(are_kept_ ? std::min(2 * most_keys, all_keys) : key_block),
         packed_((ceil_div(capacity_, Form::group) + Form::overread) * group_size_) {}
 
   /// The keys of `tile` of one head, packed or where they are. The tile may begin before the first key of `seen`, with
@@ -80,7 +82,7 @@ class PackedKeys {
     // A product reads whole tiles of rows, whatever the last ones hold.
     const Range whole{tile.begin, std::min(tile.begin + round_up(tile.size(), left_rows_at_once), all_keys_)};
     const Rows<T> rows = rows_of<T>(view, batch, head, whole, dim_);
-    if (Form::is_in_place(rows)) return Form::pack(rows, {0, rows.count}, nullptr);
+    if (Form::is_in_place(rows) && (rows.stride == rows.dim || !copies_scattered_)) return as_left<M>(rows);
     const bool is_missing = std::max(tile.begin, seen.begin) < oldest_ || tile.begin > end_;
     if (batch != batch_ || head != head_ || is_missing) restart(batch, head, tile.begin);
     if (tile.end - first_ > capacity_) forget(seen.begin);
@@ -126,7 +128,11 @@ class PackedKeys {
   const int64_t dim_;
   const int64_t all_keys_;
   const int64_t group_size_; // elements of a group of keys
-  const int64_t capacity_;   // keys
+  const bool are_kept_;
+  // Rows that lie apart, as those of (B, N, H, D) do, compete for a few sets of the first cache. Where many blocks read
+  // them, copies are faster, by up to a quarter.
+  const bool copies_scattered_;
+  const int64_t capacity_; // keys
   Buffer<M> packed_;
   int64_t batch_ = -1;
   int64_t head_ = -1;

@@ -204,12 +204,6 @@ inline void interleave(
 }
 #endif
 
-/// Are the rows in the type of the arithmetic, and whole vectors?
-template <typename Acc, typename T>
-bool are_loaded(Rows<T> rows) {
-  return std::is_same_v<T, Acc> && padded<Acc>(rows.dim) == rows.dim;
-}
-
 /// A copy of the rows in the type of the arithmetic, padded to whole vectors, zeros behind each, in `scratch` (count x
 /// padded(dim)).
 template <typename Acc, typename T>
@@ -223,21 +217,18 @@ RowMajor<const Acc> copy_rows(Rows<T> rows, Acc* scratch) {
   return {scratch, width};
 }
 
-/// The same, or the rows themselves where they already are that.
-template <typename Acc, typename T>
-RowMajor<const Acc> load_rows(Rows<T> rows, Acc* scratch) {
-  if constexpr (std::is_same_v<T, Acc>) {
-    if (are_loaded<Acc>(rows)) return {rows.data, rows.stride};
-  }
-  return copy_rows(rows, scratch);
-}
-
 /// Are the rows a left operand?
 template <typename M, typename T>
 bool are_left(Rows<T> rows) {
   constexpr int64_t terms = Multiplicand<M>::terms;
-  if constexpr (terms == 1) return are_loaded<M>(rows);
+  if constexpr (terms == 1) return std::is_same_v<T, M> && padded<M>(rows.dim) == rows.dim;
   return rows.dim == whole_terms<M>(rows.dim) && rows.count % left_rows_at_once == 0 && rows.stride % terms == 0;
+}
+
+/// These rows.
+template <typename M, typename T>
+RowMajor<const M> as_left(Rows<T> rows) {
+  return {reinterpret_cast<const M*>(rows.data), rows.stride / Multiplicand<M>::terms};
 }
 
 /// The stride of rows that were copied to be a left operand.
@@ -246,15 +237,14 @@ constexpr int64_t left_width(int64_t dim) {
   return Multiplicand<M>::terms == 1 ? whole_columns<M>(dim) : steps<M>(dim);
 }
 
-/// The rows as a left operand, multiplicands along the features: [count, whole tiles of them][steps(dim)]. The rows
-/// themselves where they already are that, else a copy in `scratch`. Rows beyond the last hold anything.
+/// A copy of the rows as a left operand, multiplicands along the features, in `scratch`: [count, whole tiles of
+/// them][left_width(dim)]. Rows beyond the last hold anything.
 template <typename M, typename T>
-RowMajor<const M> left_rows(Rows<T> rows, M* scratch) {
+RowMajor<const M> copy_left_rows(Rows<T> rows, M* scratch) {
   if constexpr (Multiplicand<M>::terms == 1) {
-    return load_rows<M>(rows, scratch);
+    return copy_rows<M>(rows, scratch);
   } else {
     constexpr int64_t terms = Multiplicand<M>::terms;
-    if (are_left<M>(rows)) return {reinterpret_cast<const M*>(rows.data), rows.stride / terms};
     const int64_t width = left_width<M>(rows.dim);
     for (int64_t r = 0; r < rows.count; ++r) {
       T* to = reinterpret_cast<T*>(scratch + r * width);
@@ -265,12 +255,18 @@ RowMajor<const M> left_rows(Rows<T> rows, M* scratch) {
   }
 }
 
+/// The same, or the rows themselves where they already are that.
+template <typename M, typename T>
+RowMajor<const M> left_rows(Rows<T> rows, M* scratch) {
+  return are_left<M>(rows) ? as_left<M>(rows) : copy_left_rows<M>(rows, scratch);
+}
+
 /// The rows as a right operand, multiplicands of neighbouring rows: [steps(count)][whole_columns(dim)]. Rows that share
 /// a multiplicand with others but aren't `used` become zeros: whatever they hold, it has no part in a sum.
 template <typename M, typename T>
 RowMajor<const M> right_rows(Rows<T> rows, Range used, M* scratch) {
   if constexpr (Multiplicand<M>::terms == 1) {
-    return load_rows<M>(rows, scratch);
+    return left_rows<M>(rows, scratch);
   } else {
     const int64_t width = whole_columns<M>(rows.dim);
     const auto row = [&](int64_t r) { return used.begin <= r && r < used.end ? rows.row(r) : nullptr; };
