@@ -11,6 +11,15 @@
 
 namespace wmha::cpu::CPU_CAPABILITY {
 
+// Rows that lie apart, as those of (B, N, H, D) do, aren't foreseen by the hardware, and a block takes so little time
+// with AMX that they would come too late: they are fetched a block earlier. (Narrow windows: forward a tenth to a
+// quarter faster. In vector registers it makes them 3 % slower.)
+#if defined(CPU_CAPABILITY_AMX)
+constexpr bool fetches_scattered_early = true;
+#else
+constexpr bool fetches_scattered_early = false;
+#endif
+
 /// The rows of all tensors behind a block of queries that sees `keys`. tensors: 4, in the backward pass 8.
 template <typename T, int64_t tensors>
 class LookAhead {
@@ -18,8 +27,13 @@ class LookAhead {
   /// calls: of fetch(), about.
   LookAhead(const AttentionParams& params, int64_t batch, int64_t head, Range block, Range keys, int64_t calls) {
     const int64_t kv_head = params.kv_head(head);
-    const Range next_queries{block.end, std::min(block.end + block.size(), params.queries)};
-    const Range next_keys{keys.end, std::min(keys.end + block.size(), params.keys())};
+    const int64_t between = fetches_scattered_early && params.query.position_stride > params.key_dim ? block.size() : 0;
+    const auto next = [&](int64_t end, int64_t count) {
+      const int64_t begin = std::min(end + between, count);
+      return Range{begin, std::min(begin + block.size(), count)};
+    };
+    const Range next_queries = next(block.end, params.queries);
+    const Range next_keys = next(keys.end, params.keys());
     tensors_[0] = rows_of<T>(params.query, batch, head, next_queries, params.key_dim);
     tensors_[1] = rows_of<T>(params.output, batch, head, next_queries, params.value_dim);
     tensors_[2] = rows_of<T>(params.key, batch, kv_head, next_keys, params.key_dim);
