@@ -32,7 +32,7 @@ using T = c10::BFloat16;
 using M = multiplicand_type<T>;
 
 constexpr int64_t vector = Vec<float>::size();
-static_assert(square == tile_rows && square == Multiplicand<M>::columns);
+static_assert(square == tile_rows && square == query_block && square == Multiplicand<M>::columns);
 
 // With 16 to 36 and 6 to 13 of them, times differ by 3 %, but that 8 and 12 are up to 10 % slower with wide windows.
 constexpr int64_t most_query_tiles = 24; // of a row, of all heads that share its keys

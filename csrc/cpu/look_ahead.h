@@ -27,7 +27,8 @@ class LookAhead {
   /// calls: of fetch(), about.
   LookAhead(const AttentionParams& params, int64_t batch, int64_t head, Range block, Range keys, int64_t calls) {
     const int64_t kv_head = params.kv_head(head);
-    const int64_t between = fetches_scattered_early && params.query.position_stride > params.key_dim ? block.size() : 0;
+    const bool are_dense = rows_of<T>(params.query, batch, head, block, params.key_dim).are_dense();
+    const int64_t between = fetches_scattered_early && !are_dense ? block.size() : 0;
     const auto next = [&](int64_t end, int64_t count) {
       const int64_t begin = std::min(end + between, count);
       return Range{begin, std::min(begin + block.size(), count)};
@@ -45,9 +46,9 @@ class LookAhead {
       tensors_[6] = rows_of<T>(params.grad_key, batch, kv_head, oldest_keys, params.key_dim);
       tensors_[7] = rows_of<T>(params.grad_value, batch, kv_head, oldest_keys, params.value_dim);
     }
-    const auto is_dense = [](const Rows<T>& rows) { return rows.stride == rows.dim || rows.count == 0; };
+    const auto is_dense = [](const Rows<T>& rows) { return rows.are_dense() || rows.count == 0; };
     if (std::all_of(tensors_, std::end(tensors_), is_dense)) {
-      for (Rows<T>& rows : tensors_) rows = {rows.data, 0, 1, rows.count * rows.dim}; // one long row each
+      for (Rows<T>& rows : tensors_) rows = rows.as_one();
     }
     int64_t most_rows = 0;
     for (const Rows<T>& rows : tensors_) {

@@ -71,9 +71,8 @@ class PackedKeys {
       : dim_(dim),
         all_keys_(all_keys),
         group_size_(Form::group_size(dim)),
-        are_kept_(bytes(most_keys) <= most_bytes),
-        copies_scattered_(are_kept_ && most_keys > 2 * key_block),
-        capacity_(are_kept_ ? std::min(2 * most_keys, all_keys) : key_block),
+        copies_scattered_(are_kept(most_keys) && most_keys > 2 * key_block),
+        capacity_(are_kept(most_keys) ? std::min(2 * most_keys, all_keys) : key_block),
         packed_((ceil_div(capacity_, Form::group) + Form::overread) * group_size_) {}
 
   /// The keys of `tile` of one head, packed or where they are. The tile may begin before the first key of `seen`, with
@@ -82,7 +81,7 @@ class PackedKeys {
     // A product reads whole tiles of rows, whatever the last ones hold.
     const Range whole{tile.begin, std::min(tile.begin + round_up(tile.size(), left_rows_at_once), all_keys_)};
     const Rows<T> rows = rows_of<T>(view, batch, head, whole, dim_);
-    if (Form::is_in_place(rows) && (rows.stride == rows.dim || !copies_scattered_)) return as_left<M>(rows);
+    if (Form::is_in_place(rows) && (rows.are_dense() || !copies_scattered_)) return as_left<M>(rows);
     const bool is_missing = std::max(tile.begin, seen.begin) < oldest_ || tile.begin > end_;
     if (batch != batch_ || head != head_ || is_missing) restart(batch, head, tile.begin);
     if (tile.end - first_ > capacity_) forget(seen.begin);
@@ -106,7 +105,9 @@ class PackedKeys {
   // Beyond, memory is spared: keys are packed anew for each block, which takes a tenth of the time.
   static constexpr int64_t most_bytes = int64_t{2} << 20;
 
-  int64_t bytes(int64_t keys) const { return ceil_div(keys, Form::group) * group_size_ * sizeof(M); }
+  bool are_kept(int64_t keys) const {
+    return ceil_div(keys, Form::group) * group_size_ * static_cast<int64_t>(sizeof(M)) <= most_bytes;
+  }
   bool starts_group(int64_t key) const { return (key - first_) % Form::group == 0; }
   M* place(int64_t key) const { return packed_ + (key - first_) / Form::group * group_size_; }
 
@@ -128,7 +129,6 @@ class PackedKeys {
   const int64_t dim_;
   const int64_t all_keys_;
   const int64_t group_size_; // elements of a group of keys
-  const bool are_kept_;
   // Rows that lie apart, as those of (B, N, H, D) do, compete for a few sets of the first cache. Where many blocks read
   // them, copies are faster, by up to a quarter.
   const bool copies_scattered_;

@@ -66,6 +66,10 @@ struct Rows {
   int64_t dim;
 
   const T* row(int64_t r) const { return data + r * stride; }
+  /// Do they follow one another without a gap?
+  bool are_dense() const { return stride == dim; }
+  /// If they do, the same as one long row.
+  Rows as_one() const { return {data, 0, 1, count * dim}; }
   /// Some of the rows, as far as they exist.
   Rows part(Range some) const {
     const int64_t begin = std::min(some.begin, count);
@@ -87,7 +91,7 @@ Rows<T> rows_of(const TensorView<Pointer>& view, int64_t batch, int64_t head, Ra
 /// Brings rows into the first cache.
 template <typename T>
 [[gnu::always_inline]] inline void prefetch_first(Rows<T> rows) {
-  if (rows.stride == rows.dim) rows = {rows.data, 0, 1, rows.count * rows.dim}; // one long row
+  if (rows.are_dense()) rows = rows.as_one();
   for (int64_t r = 0; r < rows.count; ++r) {
     for (int64_t d = 0; d < rows.dim; d += 64 / sizeof(T)) __builtin_prefetch(rows.row(r) + d, 0, 3);
   }
