@@ -14,8 +14,8 @@
 // largest score of all.
 #include "passes.h"
 
-#include <array>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "dropout.h"
@@ -24,6 +24,7 @@
 #include "look_ahead.h"
 #include "rows.h"
 #include "scores.h"
+#include "seen_keys.h"
 #include "tiles.h"
 
 namespace wmha::cpu::CPU_CAPABILITY {
@@ -35,6 +36,7 @@ using M = multiplicand_type<T>;
 constexpr int64_t vector = Vec<float>::size();
 constexpr int64_t tiles_at_once = 12; // a group: their weights, 2 KiB each, stay in the first cache
 constexpr int64_t most_blocks = 12;   // that share a part of the keys
+constexpr int64_t fetches_of_tile = 4;
 static_assert(square == tile_rows && square == query_block && square == 2 * vector);
 
 /// What is kept from one task to the next.
@@ -80,7 +82,7 @@ class ForwardBlock {
         visibility_(params.window, block, square),
         transform_(params, head),
         dropout_(params, batch * params.heads + head),
-        ahead_(params, batch, head, block, keys_, tiles_.size() * square_pairs),
+        ahead_(params, batch, head, block, keys_, tiles_.size() * fetches_of_tile),
         queries_(
             left_rows<M>(
                 rows_of<T>(params.query, batch, head, block, params.key_dim),
@@ -91,15 +93,15 @@ class ForwardBlock {
   }
 
   /// Weights and their sums, and outputs, which are sums of weights and values, of those of the tiles that the block
-  /// sees. guesses: references are yet to be found.
-  void attend(Range tiles, bool guesses = true) {
+  /// sees.
+  void attend(Range tiles) {
     for_groups(tiles, [&](Range group) {
       for_tiles(group, [&](int64_t tile, Range keys) {
-        if (guesses && visibility_.keys[block_.size() - 1].begin >= keys.begin) guess_references(keys);
+        if (far_ == 0) guess_references(keys);
         const auto weights = reinterpret_cast<T*>(buffers_.weights + (tile - group.begin) * square_size);
         with_flags(
-            [&](auto masked, auto drops, auto capped) { weigh<masked, drops, capped>(keys, weights); },
-            !visibility_.all_see(keys, {0, square}), params_.dropout.enabled(), transform_.cap > 0);
+            [&](auto masked, auto drops, auto careful) { weigh<masked, drops, careful>(keys, weights); },
+            !visibility_.all_see(keys, {0, square}), params_.dropout.enabled(), far_ != 0 || transform_.cap > 0);
       });
       add_to_outputs(group);
     });
@@ -108,7 +110,8 @@ class ForwardBlock {
   /// After all tiles.
   void finish() {
     add_up_sums();
-    if (any_is_far()) attend_again();
+    far_ = far_queries();
+    if (far_ != 0) attend_again();
     store();
   }
 
@@ -144,88 +147,83 @@ class ForwardBlock {
     }
   }
 
-  /// The scores of a query and the two halves of a tile's keys, -infinity where it doesn't see them.
-  template <bool masked, bool capped>
-  std::array<Vec<float>, 2> scores_of(int64_t row, Range keys) const {
-    std::array<Vec<float>, 2> scores;
-    for (int64_t half = 0; half < 2; ++half) {
-      const Vec<float> product = Vec<float>::loadu(buffers_.products + row * square + half * vector);
-      scores[half] = transform_.template score<capped>(product);
-    }
-    if constexpr (masked) {
-      const auto place = [&](int64_t key) { return std::clamp<int64_t>(key - keys.begin, 0, square); };
-      const Range in_sight = visibility_.keys[row];
-      const uint64_t seen = (uint64_t{1} << place(in_sight.end)) - (uint64_t{1} << place(in_sight.begin));
-      for (int64_t half = 0; half < 2; ++half) {
-        const Seen<float> seen_half{static_cast<__mmask16>(seen >> half * vector)};
-        scores[half] = seen_half.select(scores[half], Vec<float>(-infinity));
-      }
-    }
-    return scores;
+  Vec<float> score(Vec<float> product) const {
+    return transform_.cap > 0 ? transform_.template score<true>(product) : transform_.template score<false>(product);
   }
 
   /// Of the queries whose windows begin in a tile, references become the scores of the first keys there.
   void guess_references(Range keys) {
-    alignas(64) float first_products[square] = {};
-    uint64_t begins = 0;
-    for (int64_t row = 0; row < square; ++row) {
-      const Range in_sight = visibility_.keys[row];
-      if (in_sight.size() == 0 || !keys.contains(in_sight.begin)) continue;
-      begins |= uint64_t{1} << row;
-      first_products[row] = buffers_.products[row * square + in_sight.begin - keys.begin];
+    if (visibility_.keys[block_.size() - 1].begin < keys.begin) return; // all begin before
+    alignas(64) float first_products[square];
+    uint64_t begin_here = 0; // a bit for each query
+    for (int64_t row = 0; row < square; row += EightRanges::count) {
+      const EightRanges seen(visibility_.keys + row);
+      const __m512i place = _mm512_sub_epi64(seen.begins, _mm512_set1_epi64(keys.begin));
+      const __mmask8 here = _mm512_mask_cmplt_epu64_mask(
+          _mm512_cmplt_epi64_mask(seen.begins, seen.ends), place, _mm512_set1_epi64(square));
+      const __m512i index = _mm512_add_epi64(place, _mm512_setr_epi64(0, 32, 64, 96, 128, 160, 192, 224));
+      const float* const products = buffers_.products + row * square;
+      _mm256_store_ps(
+          first_products + row, _mm512_mask_i64gather_ps(_mm256_setzero_ps(), here, index, products, sizeof(float)));
+      begin_here |= uint64_t{here} << row;
     }
-    with_flags(
-        [&](auto capped) {
-          for (int64_t row = 0; row < square; row += vector) {
-            const Vec<float> scores = transform_.template score<capped>(Vec<float>::loadu(first_products + row));
-            const Seen<float> begin{static_cast<__mmask16>(begins >> row)};
-            begin.select(scores.ceil(), Vec<float>::loadu(reference_ + row)).store(reference_ + row);
-          }
-        },
-        transform_.cap > 0);
+    for (int64_t row = 0; row < square; row += vector) {
+      const Seen<float> begin{static_cast<__mmask16>(begin_here >> row)};
+      const Vec<float> scores = score(Vec<float>::loadu(first_products + row));
+      begin.select(scores.ceil(), Vec<float>::loadu(reference_ + row)).store(reference_ + row);
+    }
   }
 
   void find_largest(Range keys, float* largest) const {
-    with_flags(
-        [&](auto capped) {
-          for (int64_t first = 0; first < square; first += vector) {
-            Vec<float> of_row[vector];
-            for (int64_t i = 0; i < vector; ++i) {
-              const auto [low, high] = scores_of<true, capped>(first + i, keys);
-              of_row[i] = larger(low, high);
-            }
-            const Vec<float> of_rows = combine_each(of_row, larger<float>);
-            larger(of_rows, Vec<float>::loadu(largest + first)).store(largest + first);
-          }
-        },
-        transform_.cap > 0);
+    const SeenKeys seen(visibility_, keys);
+    for (int64_t first = 0; first < square; first += vector) {
+      Vec<float> of_row[vector];
+      for (int64_t i = 0; i < vector; ++i) {
+        const auto score_of = [&](int64_t half) {
+          const Vec<float> product = Vec<float>::loadu(buffers_.products + (first + i) * square + half * vector);
+          return seen.of(first + i, half).select(score(product), Vec<float>(-infinity));
+        };
+        of_row[i] = larger(score_of(0), score_of(1));
+      }
+      const Vec<float> of_rows = combine_each(of_row, larger<float>);
+      larger(of_rows, Vec<float>::loadu(largest + first)).store(largest + first);
+    }
   }
 
-  /// Does a query see any of a vector of keys?
-  bool sees_any(int64_t row, int64_t first_key) const {
-    const Range keys = visibility_.keys[row];
-    return keys.begin < first_key + vector && first_key < keys.end;
+  bool is_far(int64_t row) const { return far_ >> row & 1; }
+
+  /// Score less reference. careful: there is a softcap, or some queries are far, whose scores are rounded first: beyond
+  /// 2^31, what rounding takes from the reference is more than an exponent holds.
+  template <bool careful>
+  Vec<float> exponents(Vec<float> products, int64_t row) const {
+    const Vec<float> reference(reference_[row]);
+    if (careful && (transform_.cap > 0 || is_far(row))) return score(products) - reference;
+    return at::vec::fmsub(products, Vec<float>(transform_.factor), reference);
   }
 
-  /// From a tile's products to weights 2^(score - reference), and to their sums.
-  template <bool masked, bool drops, bool capped>
+  /// From a tile's products to weights, 2^exponent, and to their sums.
+  template <bool masked, bool drops, bool careful>
   void weigh(Range keys, T* weights) {
     if constexpr (drops) dropout_.draw(keys.begin, block_.begin);
+    std::optional<SeenKeys> seen;
+    if constexpr (masked) seen.emplace(visibility_, keys);
+    const float* const products = buffers_.products;
     for (int64_t pair = 0; pair < square; pair += 2) {
-      ahead_.fetch();
+      if (pair % (square / fetches_of_tile) == 0) ahead_.fetch();
+      Vec<float> halves[4]; // of two rows
       WMHA_UNROLL
-      for (int64_t row = pair; row < pair + 2; ++row) {
-        const auto scores = scores_of<masked, capped>(row, keys);
-        const auto weights_of = [&](int64_t half) {
-          if (masked && !sees_any(row, keys.begin + half * vector)) return Vec<float>(0.0f);
-          return exp2(scores[half] - Vec<float>(reference_[row]));
-        };
-        const Vec<float> low = weights_of(0);
-        const Vec<float> high = weights_of(1);
-        sums_[row] = sums_[row] + (low + high);
-        auto rounded = round_to<T>(low, high);
-        if constexpr (drops) rounded = dropout_.keep(rounded, row);
-        rounded.store(weights + row * square);
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t row = pair + i / 2;
+        halves[i] = exp2(exponents<careful>(Vec<float>::loadu(products + pair * square + i * vector), row));
+        if constexpr (masked) halves[i] = seen->of(row, i % 2).select(halves[i], Vec<float>(0.0f));
+      }
+      WMHA_UNROLL
+      for (int64_t r = 0; r < 2; ++r) {
+        const int64_t row = pair + r;
+        sums_[row] = sums_[row] + (halves[2 * r] + halves[2 * r + 1]);
+        auto to_store = round_to<T>(halves[2 * r], halves[2 * r + 1]);
+        if constexpr (drops) to_store = dropout_.keep(to_store, row);
+        to_store.store(weights + row * square);
       }
     }
   }
@@ -242,16 +240,17 @@ class ForwardBlock {
     }
   }
 
-  /// Does the sum fit its reference?
-  static bool is_near(float sum) { return smallest_sum <= sum && sum <= largest_sum; }
-  bool is_far(int64_t row) const { return visibility_.keys[row].size() > 0 && !is_near(sum_[row]); }
-
-  bool any_is_far() const {
-    bool all_are_near = true; // without a look at who sees whom
-    for (int64_t row = 0; row < square; ++row) all_are_near &= is_near(sum_[row]);
-    bool any = false;
-    for (int64_t row = 0; row < block_.size() && !all_are_near; ++row) any |= is_far(row);
-    return any;
+  uint64_t far_queries() const {
+    uint64_t far = 0;
+    for (int64_t row = 0; row < square; row += vector) {
+      const Vec<float> sums = Vec<float>::loadu(sum_ + row);
+      const auto near = Seen<float>::between(Vec<float>(smallest_sum), sums, sums, Vec<float>(largest_sum));
+      far |= uint64_t{_knot_mask16(near.lanes)} << row;
+    }
+    for (int64_t row = 0; row < square && far != 0; ++row) {
+      if (visibility_.keys[row].size() == 0) far &= ~(uint64_t{1} << row);
+    }
+    return far;
   }
 
   /// With the largest scores as references where others were too far; of queries with near ones, nothing may change.
@@ -265,7 +264,7 @@ class ForwardBlock {
       if (is_far(row)) reference_[row] = largest[row] > -infinity ? std::ceil(largest[row]) : 0;
     }
     std::fill_n(sums_, square, Vec<float>(0.0f));
-    attend(tiles_, /*guesses=*/false);
+    attend(tiles_);
     add_up_sums();
   }
 
@@ -305,6 +304,7 @@ class ForwardBlock {
   LookAhead<T, 4> ahead_;
   const RowMajor<const M> queries_;
   const RowMajor<float> output_;
+  uint64_t far_ = 0; // queries whose sums didn't fit their references, a bit for each
   // Of each query:
   alignas(64) float reference_[square];
   Vec<float> sums_[square]; // of the weights, in each lane
