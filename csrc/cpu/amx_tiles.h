@@ -26,25 +26,64 @@ constexpr int64_t left_rows_at_once = tile_rows;
 
 constexpr int64_t register_pairs = register_rows * register_bytes / sizeof(BFloat16Pair);
 
-/// Adds a product of one step to the sums. The right operand lies in memory as in the registers, one after the other:
-/// that is up to 4 % faster than rows of both.
-inline void multiply_add(RowMajor<const BFloat16Pair> left, const BFloat16Pair* right) {
+/// Adds to one register of sums what is its part in a product of one step; to be called for all in turn. The right
+/// operand lies in memory as in the registers, one after the other: that is up to 4 % faster than rows of both.
+template <int sum>
+void multiply_add(RowMajor<const BFloat16Pair> left, const BFloat16Pair* right) {
   const int64_t stride = left.row_stride * sizeof(BFloat16Pair);
-  load_register<4>(left.data, stride);
-  load_register<6>(right, register_bytes);
-  multiply_add_registers<0, 4, 6>();
-  load_register<7>(right + register_pairs, register_bytes);
-  multiply_add_registers<1, 4, 7>();
-  load_register<5>(left.row(register_rows), stride);
-  multiply_add_registers<2, 5, 6>();
-  multiply_add_registers<3, 5, 7>();
+  if constexpr (sum == 0) load_register<4>(left.data, stride);
+  if constexpr (sum == 0) load_register<6>(right, register_bytes);
+  if constexpr (sum == 1) load_register<7>(right + register_pairs, register_bytes);
+  if constexpr (sum == 2) load_register<5>(left.row(register_rows), stride);
+  multiply_add_registers<sum, 4 + sum / 2, 6 + sum % 2>();
 }
 
-/// Adds a product of `depth` pairs, whole steps of them, one after the other in the right operand.
-inline void multiply_add(RowMajor<const BFloat16Pair> left, const BFloat16Pair* right, int64_t depth) {
-  for (int64_t t = 0; t < depth; t += Multiplicand<BFloat16Pair>::steps_at_once) {
-    multiply_add({left.data + t, left.row_stride}, right + t * Multiplicand<BFloat16Pair>::columns);
+/// A product of `depth` pairs, whole steps of them, one after the other in the right operand, that is added to the sums
+/// a part at a time, so that other work can be done meanwhile.
+class StepwiseProduct {
+ public:
+  StepwiseProduct(RowMajor<const BFloat16Pair> left, const BFloat16Pair* right, int64_t depth)
+      : left_(left), right_(right), depth_(depth) {}
+
+  /// The next part, one of four of a step: that in register `sum`.
+  template <int sum>
+  void add() {
+    if (depth_ <= 0) return;
+    multiply_add<sum>(left_, right_);
+    if constexpr (sum == 3) {
+      constexpr int64_t step = Multiplicand<BFloat16Pair>::steps_at_once;
+      left_.data += step;
+      right_ += step * Multiplicand<BFloat16Pair>::columns;
+      depth_ -= step;
+    }
   }
+
+  void add_step() {
+    add<0>();
+    add<1>();
+    add<2>();
+    add<3>();
+  }
+
+  /// All steps that are left.
+  void finish() {
+    while (depth_ > 0) add_step();
+  }
+
+ private:
+  RowMajor<const BFloat16Pair> left_;
+  const BFloat16Pair* right_;
+  int64_t depth_; // that is left
+};
+
+/// Adds a product of `depth` pairs.
+inline void multiply_add(RowMajor<const BFloat16Pair> left, const BFloat16Pair* right, int64_t depth) {
+  StepwiseProduct(left, right, depth).finish();
+}
+
+/// Adds a product of one step.
+inline void multiply_add(RowMajor<const BFloat16Pair> left, const BFloat16Pair* right) {
+  multiply_add(left, right, Multiplicand<BFloat16Pair>::steps_at_once);
 }
 
 inline void clear_sums() {
