@@ -245,6 +245,8 @@ def main() -> int:
         if ("training" if backward else "forward") in set(case.passes) & set(args.passes)
         and (not case.dtypes or DTYPES[dtype] in case.dtypes)
     ]
+    if not jobs:
+        sys.exit(f"benchmark.py: error: no case for --only {args.only!r} with the dtypes and passes asked for")
     rates = machine_rates(args.dtypes, args.device, args.quick)
     information = {
         "processor": processor(args.device),

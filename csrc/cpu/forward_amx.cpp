@@ -36,7 +36,7 @@ using M = multiplicand_type<T>;
 constexpr int64_t vector = Vec<float>::size();
 constexpr int64_t tiles_at_once = 12; // a group: their weights, 2 KiB each, stay in the first cache
 constexpr int64_t most_blocks = 12;   // that share a part of the keys
-constexpr int64_t fetches_of_tile = 4;
+constexpr int64_t quarters = 4; // of a tile's rows: beside each, a step of the next tile's products and a fetch ahead
 static_assert(square == tile_rows && square == query_block && square == 2 * vector);
 
 /// What is kept from one task to the next.
@@ -82,7 +82,7 @@ class ForwardBlock {
         visibility_(params.window, block, square),
         transform_(params, head),
         dropout_(params, batch * params.heads + head),
-        ahead_(params, batch, head, block, keys_, tiles_.size() * fetches_of_tile),
+        ahead_(params, batch, head, block, keys_, tiles_.size() * quarters),
         queries_(
             left_rows<M>(
                 rows_of<T>(params.query, batch, head, block, params.key_dim),
@@ -162,7 +162,8 @@ class ForwardBlock {
       const __m512i place = _mm512_sub_epi64(seen.begins, _mm512_set1_epi64(keys.begin));
       const __mmask8 here = _mm512_mask_cmplt_epu64_mask(
           _mm512_cmplt_epi64_mask(seen.begins, seen.ends), place, _mm512_set1_epi64(square));
-      const __m512i index = _mm512_add_epi64(place, _mm512_setr_epi64(0, 32, 64, 96, 128, 160, 192, 224));
+      const __m512i index = _mm512_add_epi64(
+          place, _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(square)));
       const float* const products = buffers_.products + row * square;
       _mm256_store_ps(
           first_products + row, _mm512_mask_i64gather_ps(_mm256_setzero_ps(), here, index, products, sizeof(float)));
@@ -193,8 +194,9 @@ class ForwardBlock {
 
   bool is_far(int64_t row) const { return far_ >> row & 1; }
 
-  /// Score less reference. careful: there is a softcap, or some queries are far, whose scores are rounded first: beyond
-  /// 2^31, what rounding takes from the reference is more than an exponent holds.
+  /// Score less reference, in one operation, which doesn't round the score. careful: there may be a softcap and queries
+  /// that are far. Scores of these are rounded, as their references were: beyond 2^31 that alone is more than an
+  /// exponent holds.
   template <bool careful>
   Vec<float> exponents(Vec<float> products, int64_t row) const {
     const Vec<float> reference(reference_[row]);
@@ -222,8 +224,8 @@ class ForwardBlock {
     }
   }
 
-  /// From a tile's products to weights, 2^exponent, and to their sums, a step of the next tile's products beside each
-  /// quarter of the rows. (One after the other takes up to 9 % longer where windows are wide.)
+  /// From a tile's products to weights, 2^exponent, and to their sums. Meanwhile the next tile's products are made.
+  /// (One after the other takes up to 9 % longer where windows are wide.)
   template <bool masked, bool drops, bool careful>
   void weigh(Range keys, T* weights, StepwiseProduct& next) {
     if constexpr (drops) dropout_.draw(keys.begin, block_.begin);
@@ -231,7 +233,7 @@ class ForwardBlock {
     if constexpr (masked) some.emplace(visibility_, keys);
     const float* const products = buffers_.products;
     const SeenKeys* const seen = masked ? &*some : nullptr;
-    for (int64_t row = 0; row < square; row += square / fetches_of_tile) {
+    for (int64_t row = 0; row < square; row += square / quarters) {
       ahead_.fetch();
       next.add<0>();
       weigh_pair<drops, careful>(row, products, seen, weights);
