@@ -31,8 +31,10 @@ constexpr int64_t register_pairs = register_rows * register_bytes / sizeof(BFloa
 template <int sum>
 void multiply_add(RowMajor<const BFloat16Pair> left, const BFloat16Pair* right) {
   const int64_t stride = left.row_stride * sizeof(BFloat16Pair);
-  if constexpr (sum == 0) load_register<4>(left.data, stride);
-  if constexpr (sum == 0) load_register<6>(right, register_bytes);
+  if constexpr (sum == 0) {
+    load_register<4>(left.data, stride);
+    load_register<6>(right, register_bytes);
+  }
   if constexpr (sum == 1) load_register<7>(right + register_pairs, register_bytes);
   if constexpr (sum == 2) load_register<5>(left.row(register_rows), stride);
   multiply_add_registers<sum, 4 + sum / 2, 6 + sum % 2>();
@@ -58,16 +60,14 @@ class StepwiseProduct {
     }
   }
 
-  void add_step() {
-    add<0>();
-    add<1>();
-    add<2>();
-    add<3>();
-  }
-
   /// All steps that are left.
   void finish() {
-    while (depth_ > 0) add_step();
+    while (depth_ > 0) {
+      add<0>();
+      add<1>();
+      add<2>();
+      add<3>();
+    }
   }
 
  private:

@@ -37,7 +37,7 @@ constexpr int64_t vector = Vec<float>::size();
 constexpr int64_t tiles_at_once = 12; // a group: their weights, 2 KiB each, stay in the first cache
 constexpr int64_t most_blocks = 12;   // that share a part of the keys
 constexpr int64_t quarters = 4; // of a tile's rows: beside each, a step of the next tile's products and a fetch ahead
-static_assert(square == tile_rows && square == query_block && square == 2 * vector);
+static_assert(square == tile_rows && square == query_block && square == 2 * vector && square == 8 * quarters);
 
 /// What is kept from one task to the next.
 struct Buffers {
@@ -233,7 +233,7 @@ class ForwardBlock {
     if constexpr (masked) some.emplace(visibility_, keys);
     const float* const products = buffers_.products;
     const SeenKeys* const seen = masked ? &*some : nullptr;
-    for (int64_t row = 0; row < square; row += square / quarters) {
+    for (int64_t row = 0; row < square; row += square / quarters) { // four pairs of rows, four parts of a step
       ahead_.fetch();
       next.add<0>();
       weigh_pair<drops, careful>(row, products, seen, weights);
