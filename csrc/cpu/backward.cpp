@@ -9,6 +9,7 @@
 // in a buffer that follows the window.
 #include <cmath>
 
+#include "columns.h"
 #include "dropout.h"
 #include "key_gradients.h"
 #include "look_ahead.h"

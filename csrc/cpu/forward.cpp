@@ -17,6 +17,7 @@
 
 #include <cmath>
 
+#include "columns.h"
 #include "dropout.h"
 #include "look_ahead.h"
 #include "query_sums.h"

@@ -52,10 +52,10 @@ class QuerySums {
   QuerySums(int64_t dim, int64_t most_lanes)
       : dim_(dim), width_(whole_columns<M>(dim)), sums_((most_lanes + tile_rows) * width_) {}
 
-  /// All sums become 0. The columns of `left` are `lanes`.
+  /// All sums are 0. The columns of `left` are `lanes`.
   void start(int64_t lanes) {
     lanes_ = lanes;
-    std::fill_n(sums_.data(), (lanes + tile_rows) * width_, Acc(0));
+    is_empty_ = true;
   }
 
   /// sum = factors * sum + left^T right, where factors are one for each query, if any. left: [steps(tile)][lanes],
@@ -77,16 +77,20 @@ class QuerySums {
       const LeftColumns<M> columns{left + depth.begin * lanes_ + lane, lanes_};
       const RowMajor<const M> seen_right{right.row(depth.begin), right.row_stride};
       const RowMajor<Acc> sums{sums_ + lane * width_, width_};
-      if (factors != nullptr) {
+      if (is_empty_) {
+        multiply_sums<M>(vectors, depth.size(), columns, seen_right, StoreTo<Acc>{sums});
+      } else if (factors != nullptr) {
         multiply_sums<M>(vectors, depth.size(), columns, seen_right, ScaleAndAddTo<Acc>{sums, factors + lane});
       } else {
         multiply_sums<M>(vectors, depth.size(), columns, seen_right, AddTo<Acc>{sums});
       }
     }
+    is_empty_ = false;
   }
 
   /// Rows of `target` become the sums of `count` queries, times their factors, if any.
   void store(int64_t count, T* target, int64_t stride, const Acc* factors = nullptr) const {
+    if (is_empty_) std::fill_n(sums_.data(), count * width_, Acc(0));
     for (int64_t i = 0; i < count; ++i) {
       store_row(sums_ + i * width_, dim_, factors == nullptr ? Acc(1) : factors[i], target + i * stride);
     }
@@ -97,6 +101,7 @@ class QuerySums {
   const int64_t width_;
   Buffer<Acc> sums_; // [lanes + tile_rows][width]
   int64_t lanes_ = 0;
+  bool is_empty_ = true; // no sum has been stored yet
 };
 
 } // namespace wmha::cpu::CPU_CAPABILITY

@@ -287,46 +287,6 @@ RowMajor<const M> right_rows(Rows<T> rows, Range used, M* scratch) {
   }
 }
 
-/// The type in which multiplicands are moved.
-template <typename M>
-using bits_type = std::conditional_t<sizeof(M) == sizeof(double), double, float>;
-
-/// columns[d][r] = rows[r][d] for r < count and d < depth.
-template <typename M>
-void transpose(RowMajor<const M> rows, int64_t count, int64_t depth, RowMajor<M> columns) {
-  using Bits = bits_type<M>;
-  static_assert(sizeof(M) == sizeof(Bits));
-  at::vec::transpose_mxn<Bits>(
-      reinterpret_cast<const Bits*>(rows.data), rows.row_stride, reinterpret_cast<Bits*>(columns.data),
-      columns.row_stride, static_cast<int>(count), static_cast<int>(depth));
-}
-
-/// A left operand turned into a right one, or back: packed[d][r] = factor * rows[r][d] for d < depth, zeros for r in
-/// [count, lanes).
-/// factor: 1 unless M is a number.
-template <typename M, typename Acc>
-void pack_columns(
-    RowMajor<const M> rows,
-    int64_t count,
-    int64_t depth,
-    int64_t lanes,
-    Acc factor,
-    std::type_identity_t<M>* packed) {
-  using Bits = bits_type<M>;
-  constexpr bool is_scaled = std::is_same_v<M, Acc>;
-  transpose<M>(rows, count, depth, {packed, lanes});
-  for (int64_t lane = 0; lane < lanes; lane += Vec<Bits>::size()) {
-    if (!is_scaled && lane + Vec<Bits>::size() <= count) continue;
-    const Vec<Bits> exists = Vec<Bits>::arange(static_cast<Bits>(lane), 1) < Vec<Bits>(static_cast<Bits>(count));
-    for (int64_t d = 0; d < depth; ++d) {
-      Bits* const place = reinterpret_cast<Bits*>(packed + d * lanes + lane);
-      Vec<Bits> column = Vec<Bits>::loadu(place) & exists;
-      if constexpr (is_scaled) column = column * Vec<Acc>(factor);
-      column.store(place);
-    }
-  }
-}
-
 /// target[d] = factor * source[d], rounded to T.
 template <typename T, typename Acc>
 void store_row(const Acc* source, int64_t dim, Acc factor, T* target) {

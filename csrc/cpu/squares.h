@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "columns.h"
 #include "rows.h"
 
 namespace wmha::cpu::CPU_CAPABILITY {
@@ -13,36 +14,6 @@ namespace wmha::cpu::CPU_CAPABILITY {
 constexpr int64_t square = 32;       // rows or features
 constexpr int64_t square_pairs = 16; // of either
 constexpr int64_t square_size = square * square_pairs;
-using Registers = __m512i[square_pairs]; // 16 x 16 pairs
-
-/// Turns rows into columns.
-inline void transpose(Registers& rows) {
-  Registers next;
-  WMHA_UNROLL
-  for (int i = 0; i < 16; i += 2) { // words of two rows
-    next[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    next[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  WMHA_UNROLL
-  for (int i = 0; i < 16; i += 4) { // of four: quarter q of rows[i + c] is of column 4 q + c
-    rows[i] = _mm512_unpacklo_epi64(next[i], next[i + 2]);
-    rows[i + 1] = _mm512_unpackhi_epi64(next[i], next[i + 2]);
-    rows[i + 2] = _mm512_unpacklo_epi64(next[i + 1], next[i + 3]);
-    rows[i + 3] = _mm512_unpackhi_epi64(next[i + 1], next[i + 3]);
-  }
-  WMHA_UNROLL
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even_low = _mm512_shuffle_i32x4(rows[c], rows[c + 4], 0x88); // quarters 0 and 2 of both
-    const __m512i odd_low = _mm512_shuffle_i32x4(rows[c], rows[c + 4], 0xdd);  // quarters 1 and 3
-    const __m512i even_high = _mm512_shuffle_i32x4(rows[c + 8], rows[c + 12], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(rows[c + 8], rows[c + 12], 0xdd);
-    next[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    next[c + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    next[c + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    next[c + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-  }
-  std::copy_n(next, 16, rows);
-}
 
 /// A square of a tensor's rows, from feature `first` on: zeros where there is nothing, and rows that aren't `used`.
 class Square {

@@ -37,7 +37,6 @@ void run_in_pieces(const KernelSet& set, Problem& problem, int64_t threads) {
 }
 
 TEST_P(CpuKernels, GiveTheSameBitsHoweverTheTasksAreSplit) {
-  const wmha::cpu::Kernels& kernels = *set().kernels;
   for (const Case& c : std::initializer_list<Case>{
            {.name = "narrow",
             .batch = 2,
