@@ -68,7 +68,9 @@ struct AttentionParams {
   double* grad_temperature;   // shares of each (batch, head), as many as the kernel makes; or null
 
   WMHA_HOST_DEVICE int64_t keys() const { return window.keys; }
-  WMHA_HOST_DEVICE int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
+  /// Heads of queries that share a key head. Precondition: there is one.
+  WMHA_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
+  WMHA_HOST_DEVICE int64_t kv_head(int64_t head) const { return head / group(); }
 };
 
 } // namespace wmha

@@ -264,7 +264,7 @@ void run_chunk(
     int64_t chunk,
     BackwardBlock<T>& block,
     KeyGradients<T>& key_gradients) {
-  const int64_t group = params.heads / params.kv_heads;
+  const int64_t group = params.group();
   const int64_t batch = batch_kv_head / params.kv_heads;
   const int64_t first_head = batch_kv_head % params.kv_heads * group;
   const auto temperature_share = [&](int64_t head) -> double& {

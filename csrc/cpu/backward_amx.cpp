@@ -46,7 +46,7 @@ struct Extent {
   int64_t key_sums;   // of keys whose gradients are not yet complete when a block ends, or 1
   int64_t query_sums; // of queries whose gradients are not made at once, or 1
 
-  Extent(const AttentionParams& params, const BackwardSchedule& schedule) : heads(params.heads / params.kv_heads) {
+  Extent(const AttentionParams& params, const BackwardSchedule& schedule) : heads(params.group()) {
     const Window& window = params.window;
     const bool is_bounded = window.left >= 0 && window.right >= 0;
     const int64_t reach = is_bounded ? saturating_add(window.left, window.right) : params.queries;

@@ -94,7 +94,7 @@ class DecodeBlock {
         merged_(params.value_dim) {}
 
   void run(int64_t batch, int64_t kv_head, int64_t split) {
-    first_head_ = batch * params_.heads + kv_head * (params_.heads / params_.kv_heads);
+    first_head_ = batch * params_.heads + kv_head * params_.group();
     for (int64_t row = 0; row < rows_; ++row) load_query(row, batch);
     for (int64_t i = 0; i < rows_ * F; i += vector) {
       Vec<Acc>(-infinity).store(references_ + i);

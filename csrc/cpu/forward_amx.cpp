@@ -76,9 +76,8 @@ class ForwardBlock {
         batch_(batch),
         head_(head),
         block_(block),
-        key_tiles_(params.window),
         keys_(params.window.keys_of(block)),
-        tiles_(key_tiles_.of(keys_)),
+        tiles_(buffers.keys.tiles().of(keys_)),
         visibility_(params.window, block, square),
         transform_(params, head),
         dropout_(params, batch * params.heads + head),
@@ -142,7 +141,7 @@ class ForwardBlock {
       const bool is_one = next_tile < tiles.end;
       StepwiseProduct next(queries_, buffers_.keys.keys_of(next_tile), is_one ? steps<M>(params_.key_dim) : 0);
       if (is_one) clear_sums();
-      if (next_tile > tiles.begin) function(next_tile - 1, key_tiles_.keys_of(next_tile - 1), next);
+      if (next_tile > tiles.begin) function(next_tile - 1, buffers_.keys.tiles().keys_of(next_tile - 1), next);
       next.finish();
       if (is_one) store_sums({buffers_.products, square}, 0);
     }
@@ -314,7 +313,6 @@ class ForwardBlock {
   const int64_t batch_;
   const int64_t head_;
   const Range block_;
-  const KeyTiles key_tiles_;
   const Range keys_;  // that at least one query of the block sees
   const Range tiles_; // that they lie in
   const Visibility visibility_;
@@ -335,7 +333,6 @@ class ForwardBlock {
 void forward(const AttentionParams& params, Tasks& tasks) {
   const TileRegisters registers;
   Buffers buffers(params);
-  const KeyTiles key_tiles(params.window);
   std::vector<ForwardBlock> blocks;
   blocks.reserve(buffers.blocks);
   for_blocks(params, tasks, square, buffers.blocks, [&](int64_t batch, int64_t head, Range queries) {
@@ -344,7 +341,7 @@ void forward(const AttentionParams& params, Tasks& tasks) {
       const Range block{first, std::min(first + square, queries.end)};
       blocks.emplace_back(params, buffers, batch, head, block, static_cast<int64_t>(blocks.size()));
     }
-    const Range tiles = key_tiles.of(params.window.keys_of(queries));
+    const Range tiles = buffers.keys.tiles().of(params.window.keys_of(queries));
     for (int64_t begin = tiles.begin; begin < tiles.end; begin += buffers.keys.size()) {
       for (ForwardBlock& block : blocks) block.attend({begin, begin + buffers.keys.size()});
     }

@@ -54,6 +54,7 @@ class PackedTiles {
         keys_(slots_ * key_size_),
         values_(slots_ * value_size()) {}
 
+  const KeyTiles& tiles() const { return tiles_; }
   /// Tiles that it has room for.
   int64_t size() const { return slots_; }
   /// Are these all that 32 queries see?

@@ -143,7 +143,7 @@ struct DecodeSchedule {
       : batch_kv_heads(params.batch * params.kv_heads),
         batch_heads(params.batch * params.heads),
         queries(params.queries),
-        rows(params.heads / params.kv_heads * params.queries),
+        rows(params.group() * params.queries),
         row(params.key_dim + params.value_dim),
         state(params.value_dim + 2),
         keys(params.window.keys_of(Range{0, params.queries})),
@@ -217,7 +217,7 @@ struct BackwardSchedule {
     const int64_t heads = std::max<int64_t>(batch_kv_heads, 1);
     const int64_t widest = window.most_keys(0); // the query itself left out
     const int64_t window2 = saturating_add(widest, widest);
-    const int64_t rows = params.kv_heads > 0 ? params.heads / params.kv_heads * queries : 0;
+    const int64_t rows = params.kv_heads > 0 ? params.group() * queries : 0;
     const int64_t wide_chunks = std::clamp<int64_t>(rows / blocking.least_chunk, 1, ceil_div(wanted_wide_tasks, heads));
     const int64_t wide_chunk = ceil_div(queries, wide_chunks);
     chunk = std::max(long_chunk, saturating_add(window2, window2));

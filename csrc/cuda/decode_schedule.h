@@ -39,7 +39,7 @@ struct DecodeSchedule {
 
   /// Precondition: at least one query sees a key.
   explicit DecodeSchedule(const AttentionParams& params)
-      : group(static_cast<int>(params.heads / params.kv_heads)),
+      : group(static_cast<int>(params.group())),
         queries(static_cast<int>(params.queries)),
         rows(group * queries),
         kv_heads(static_cast<int>(params.kv_heads)),

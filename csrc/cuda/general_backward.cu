@@ -147,7 +147,7 @@ __global__ __launch_bounds__(threads) void grad_key_value_kernel(AttentionParams
   const int64_t first_key = blockIdx.x / chunks % blocks * tile;
   const int64_t batch = blockIdx.x / chunks / blocks / params.kv_heads;
   const int64_t kv_head = blockIdx.x / chunks / blocks % params.kv_heads;
-  const int64_t group = params.heads / params.kv_heads;
+  const int64_t group = params.group();
   const Range keys{first_key, min(first_key + tile, params.keys())};
   const auto key_rows = rows_of<T>(params.key, batch, kv_head, keys, params.key_dim);
   const auto value_rows = rows_of<T>(params.value, batch, kv_head, keys, params.value_dim);

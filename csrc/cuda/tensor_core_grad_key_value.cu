@@ -29,7 +29,7 @@ __global__ __launch_bounds__(threads) void grad_key_value_kernel(
   const int64_t first_key = int64_t{blockIdx.x % blocks} * block_rows;
   const unsigned batch = blockIdx.x / blocks / static_cast<unsigned>(params.kv_heads);
   const unsigned kv_head = blockIdx.x / blocks % static_cast<unsigned>(params.kv_heads);
-  const auto heads = static_cast<unsigned>(params.heads / params.kv_heads);
+  const auto heads = static_cast<unsigned>(params.group());
   const int keys = static_cast<int>(min(params.keys() - first_key, int64_t{block_rows}));
   const Window window = params.window;
   const Range queries = window.queries_of(Range{first_key, first_key + keys}, params.queries);
