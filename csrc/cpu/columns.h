@@ -44,7 +44,7 @@ inline void transpose(Registers& rows) {
 }
 
 /// A left operand turned into a right one: packed[d][r] = factor * rows[r][d] for d < depth, zeros for r in [count,
-/// lanes). factor: 1 unless M is a number.
+/// lanes). lanes: count, in whole vectors. factor: 1 unless M is a number.
 template <typename M, typename Acc>
   requires(sizeof(M) == sizeof(float))
 void pack_columns(
@@ -54,13 +54,10 @@ void pack_columns(
     int64_t lanes,
     [[maybe_unused]] Acc factor,
     std::type_identity_t<M>* packed) {
-  const auto first_of_16 = [](int64_t count) {
-    return static_cast<__mmask16>((1 << std::clamp<int64_t>(count, 0, 16)) - 1);
-  };
   for (int64_t lane = 0; lane < lanes; lane += 16) {
-    const __mmask16 used = first_of_16(count - lane);
+    const auto used = static_cast<__mmask16>(first_of_32(count - lane));
     for (int64_t d = 0; d < depth; d += 16) {
-      const __mmask16 columns = first_of_16(depth - d);
+      const auto columns = static_cast<__mmask16>(first_of_32(depth - d));
       Registers words;
       WMHA_UNROLL
       for (int r = 0; r < 16; ++r) {

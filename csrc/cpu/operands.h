@@ -5,6 +5,7 @@
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <type_traits>
@@ -27,6 +28,11 @@ Vec<Acc> larger(Vec<Acc> score, Vec<Acc> other) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
+/// The first `count` of 32, all of them if there are more.
+inline __mmask32 first_of_32(int64_t count) {
+  return static_cast<__mmask32>((uint64_t{1} << std::min<int64_t>(count, 32)) - 1);
+}
+
 inline __m512i lane_numbers() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
 #endif
 

@@ -139,13 +139,6 @@ template <typename Acc, typename Function>
   if (rest > 0) function(d, [&](const auto* source) { return load_as_acc(source, rest); });
 }
 
-#if defined(CPU_CAPABILITY_AVX512_BF16)
-/// The first `count` of 32, all of them if there are more.
-inline __mmask32 first_of_32(int64_t count) {
-  return static_cast<__mmask32>((uint64_t{1} << std::min<int64_t>(count, 32)) - 1);
-}
-#endif
-
 /// Sums up to the product of two rows.
 template <typename T>
 Vec<acc_type<T>> multiply_rows(const T* left, const T* right, int64_t dim) {
